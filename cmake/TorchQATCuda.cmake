@@ -1,0 +1,83 @@
+# Decides whether the CUDA kernels are built (TORCHQAT_CUDA = auto, on or off), and how.
+
+# No CUDA kernels, because of `reason`: an error where they were asked for, else a warning nobody overlooks.
+function(_torchqat_no_cuda reason)
+  if(TORCHQAT_CUDA STREQUAL "on")
+    message(FATAL_ERROR "torchqat: TORCHQAT_CUDA=on, but ${reason}")
+  endif()
+  message(WARNING "torchqat: building WITHOUT CUDA kernels, because ${reason} "
+    "CUDA tensors will be refused. Say TORCHQAT_CUDA=off to build for the CPU without this warning.")
+endfunction()
+
+# An nvcc: CUDACXX, the PATH, the usual folder, or the one that PyPI's cuda-toolkit[nvcc,cccl] puts beside torch.
+function(_torchqat_find_nvcc out)
+  if(CMAKE_CUDA_COMPILER)
+    set(${out} "${CMAKE_CUDA_COMPILER}" PARENT_SCOPE)
+    return()
+  endif()
+  string(REGEX MATCH "^[0-9]+" major "${TORCHQAT_TORCH_CUDA}")
+  find_program(TORCHQAT_NVCC nvcc NO_CACHE
+    HINTS ENV CUDACXX
+    PATHS /usr/local/cuda/bin "${TORCHQAT_TORCH_DIR}/../nvidia/cu${major}/bin")
+  if(DEFINED ENV{CUDACXX})
+    set(TORCHQAT_NVCC "$ENV{CUDACXX}")
+  endif()
+  set(${out} "${TORCHQAT_NVCC}" PARENT_SCOPE)
+endfunction()
+
+# The release that `nvcc` says it is, e.g. 13.0.
+function(_torchqat_nvcc_version nvcc out)
+  execute_process(COMMAND "${nvcc}" --version OUTPUT_VARIABLE text ERROR_QUIET)
+  string(REGEX MATCH "release ([0-9]+\\.[0-9]+)" _ "${text}")
+  set(${out} "${CMAKE_MATCH_1}" PARENT_SCOPE)
+endfunction()
+
+function(_torchqat_decide_cuda out)
+  set(${out} "" PARENT_SCOPE)
+  if(NOT TORCHQAT_CUDA MATCHES "^(auto|on|off)$")
+    message(FATAL_ERROR "torchqat: TORCHQAT_CUDA must be auto, on or off, got '${TORCHQAT_CUDA}'.")
+  elseif(TORCHQAT_CUDA STREQUAL "off")
+    message(STATUS "torchqat: CUDA kernels are off, as asked")
+    return()
+  elseif(NOT TARGET torchqat_torch::torch_cuda)
+    _torchqat_no_cuda("torch ${TORCHQAT_TORCH_VERSION} is a CPU-only build.")
+    return()
+  endif()
+  _torchqat_find_nvcc(nvcc)
+  if(NOT nvcc)
+    _torchqat_no_cuda("no nvcc was found. Install the CUDA toolkit ${TORCHQAT_TORCH_CUDA}, or its compiler from PyPI \
+(pip install 'cuda-toolkit[nvcc,cccl]==${TORCHQAT_TORCH_CUDA}.*'), or name one with CUDACXX=<path of nvcc>.")
+    return()
+  endif()
+  _torchqat_nvcc_version("${nvcc}" version)
+  string(REGEX MATCH "^[0-9]+" toolkit_major "${version}")
+  string(REGEX MATCH "^[0-9]+" torch_major "${TORCHQAT_TORCH_CUDA}")
+  if(NOT toolkit_major STREQUAL torch_major)
+    _torchqat_no_cuda("${nvcc} is of CUDA '${version}', and torch ${TORCHQAT_TORCH_VERSION} needs CUDA ${torch_major}.")
+    return()
+  endif()
+  set(${out} "${nvcc}" PARENT_SCOPE)
+endfunction()
+
+# A macro, because a language must be enabled in the scope that uses it.
+macro(torchqat_find_cuda)
+  set(TORCHQAT_WITH_CUDA OFF)
+  _torchqat_decide_cuda(_torchqat_nvcc)
+  if(_torchqat_nvcc)
+    set(CMAKE_CUDA_COMPILER "${_torchqat_nvcc}")
+    set(CMAKE_CUDA_ARCHITECTURES "${TORCHQAT_CUDA_ARCHITECTURES}")
+    set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)  # torch's own; a second runtime would not know torch's streams.
+    enable_language(CUDA)
+    find_package(CUDAToolkit REQUIRED)
+    set(TORCHQAT_WITH_CUDA ON)
+    message(STATUS "torchqat: CUDA kernels for ${CMAKE_CUDA_ARCHITECTURES} by ${CMAKE_CUDA_COMPILER} "
+      "(CUDA ${CUDAToolkit_VERSION}; torch has ${TORCHQAT_TORCH_CUDA})")
+  endif()
+endmacro()
+
+# The language level is an option of ours, because CMake 3.25.1 (Debian 12) does not know that nvcc can do C++20.
+function(torchqat_add_cuda target)
+  target_link_libraries(${target} PRIVATE torchqat_torch::torch_cuda CUDA::cudart)
+  target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20;--expt-relaxed-constexpr;--extended-lambda;-lineinfo;-Xcompiler=-Wall,-Wextra>)
+endfunction()

@@ -1,0 +1,202 @@
+#include "torchqat/ops/staircase_relu.h"
+
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include "torchqat/math/region_code.h"
+#include "torchqat/ops/autograd_node.h"
+#include "torchqat/ops/ste.h"
+
+namespace torchqat {
+namespace {
+
+bool is_supported(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16;
+}
+
+void check_alpha(std::string_view op, const at::Tensor& x, const at::Tensor& alpha, int64_t channel_dim) {
+  TORCH_CHECK_TYPE(is_supported(alpha.scalar_type()),
+                   op, ": alpha must be float64, float32, bfloat16 or float16, got ", alpha.scalar_type());
+  TORCH_CHECK_VALUE(alpha.device() == x.device(), op, ": alpha must be on the device of x, ", x.device(), ", got ",
+                    alpha.device());
+  TORCH_CHECK_VALUE(alpha.dim() <= 1, op, ": alpha must have shape [], [1] or [channels], got ", alpha.sym_sizes());
+  if (alpha.dim() == 0 || alpha.sym_size(0) == 1) return;
+  TORCH_CHECK_VALUE(-x.dim() <= channel_dim && channel_dim < x.dim(), op, ": channel_dim must be in -", x.dim(), "..",
+                    x.dim() - 1, " for x of shape ", x.sym_sizes(), ", got ", channel_dim);
+  TORCH_CHECK_VALUE(alpha.sym_size(0) == x.sym_size(channel_dim), op, ": alpha must have one element, or one for each ",
+                    "of the ", x.sym_size(channel_dim), " channels of dimension ", channel_dim, " of x, got shape ",
+                    alpha.sym_sizes());
+}
+
+void check(std::string_view op, const at::Tensor& x, const at::Tensor& alpha, int64_t bits, int64_t channel_dim) {
+  TORCH_CHECK_TYPE(x.layout() == at::kStrided, op, ": x must be a dense tensor, got layout ", x.layout());
+  TORCH_CHECK_TYPE(is_supported(x.scalar_type()),
+                   op, ": x must be float64, float32, bfloat16 or float16, got ", x.scalar_type());
+  TORCH_CHECK_VALUE(1 <= bits && bits <= 8, op, ": bits must be in 1..8, got ", bits);
+  check_alpha(op, x, alpha, channel_dim);
+}
+
+// Typed handles into the dispatcher.
+auto forward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("qat::_staircase_relu_forward", "")
+                             .typed<decltype(staircase_relu_forward_meta)>();
+  return op;
+}
+
+auto backward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("qat::_staircase_relu_backward", "")
+                             .typed<decltype(staircase_relu_backward_meta)>();
+  return op;
+}
+
+auto public_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("qat::staircase_relu", "")
+                             .typed<decltype(staircase_relu_meta)>();
+  return op;
+}
+
+struct StaircaseReluBackward : torch::autograd::Node {
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
+    torch::autograd::variable_list result(2);
+    if (!grads[0].defined()) return result;
+    auto [grad_x, grad_alpha] =
+        backward_op().call(grads[0], saved.unpack(), alpha.unpack(), stride, bits, ste, alpha_grad, channel_dim);
+    if (task_should_compute_output(0)) result[0] = std::move(grad_x);
+    if (task_should_compute_output(1)) result[1] = std::move(grad_alpha);
+    return result;
+  }
+  void release_variables() override {
+    saved.reset_data();
+    alpha.reset_data();
+  }
+  std::string name() const override { return "StaircaseReluBackward"; }
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(saved, /*is_output=*/false);
+    args.collect(alpha, /*is_output=*/false);
+    args.collect(stride);
+    args.collect(bits);
+    args.collect(ste);
+    args.collect(alpha_grad);
+    args.collect(channel_dim);
+  }
+  torch::autograd::variable_list apply_with_saved(const torch::autograd::variable_list& grads,
+                                                  torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    swap.before(saved);
+    swap.before(alpha);
+    swap.before(stride);
+    auto result = apply(torch::autograd::variable_list(grads));
+    swap.after(saved);
+    swap.after(alpha);
+    swap.after(stride);
+    return result;
+  }
+
+  torch::autograd::SavedVariable saved;  // the packed regions, or x
+  torch::autograd::SavedVariable alpha;
+  std::vector<c10::SymInt> stride;
+  int64_t bits = 0;
+  std::string ste;
+  std::string alpha_grad;
+  int64_t channel_dim = 0;
+};
+
+at::Tensor staircase_relu_autograd(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, std::string_view ste,
+                                   std::string_view alpha_grad, int64_t channel_dim) {
+  check("staircase_relu", x, alpha, bits, channel_dim);
+  const bool from_x = backward_needs_x(ste, alpha_grad, alpha.requires_grad() ? bits : 1);
+  TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(x) && !has_tangent(alpha),
+                              "staircase_relu: forward-mode derivatives (jvp) are not implemented; use reverse mode");
+  const bool differentiate = at::GradMode::is_enabled() && (x.requires_grad() || alpha.requires_grad());
+  at::Tensor y;
+  at::Tensor regions;
+  {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    if (!differentiate || from_x) {
+      y = public_op().call(x, alpha, bits, ste, alpha_grad, channel_dim);
+    } else {
+      std::tie(y, regions) = forward_op().call(x, alpha, bits, channel_dim);
+    }
+  }
+  if (!differentiate) return y;
+  auto node = make_node<StaircaseReluBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(x, alpha));
+  node->saved = torch::autograd::SavedVariable(from_x ? x : regions, /*is_output=*/false);
+  node->alpha = torch::autograd::SavedVariable(alpha, /*is_output=*/false);
+  node->stride = y.sym_strides().vec();
+  node->bits = bits;
+  node->ste = ste;
+  node->alpha_grad = alpha_grad;
+  node->channel_dim = channel_dim;
+  torch::autograd::set_history(y, node);
+  return y;
+}
+
+}  // namespace
+
+std::optional<int64_t> alpha_channel_dim(const at::Tensor& x, const at::Tensor& alpha, int64_t channel_dim) {
+  if (alpha.numel() == 1 || alpha.dim() == 0) return std::nullopt;
+  return at::maybe_wrap_dim(channel_dim, x.dim());
+}
+
+at::Tensor staircase_relu_meta(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, std::string_view ste,
+                               std::string_view alpha_grad, int64_t channel_dim) {
+  check("staircase_relu", x, alpha, bits, channel_dim);
+  backward_needs_x(ste, alpha_grad, bits);  // raises for unknown names
+  return at::empty_like(x);
+}
+
+at::Tensor staircase_codes_meta(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, int64_t channel_dim) {
+  check("staircase_codes", x, alpha, bits, channel_dim);
+  return at::empty_like(x, x.options().dtype(at::kByte));
+}
+
+std::tuple<at::Tensor, at::Tensor> staircase_relu_forward_meta(const at::Tensor& x, const at::Tensor& alpha,
+                                                               int64_t bits, int64_t channel_dim) {
+  check("staircase_relu", x, alpha, bits, channel_dim);
+  const auto bytes = (x.sym_numel() + (math::kRegionsPerWord - 1)) / math::kRegionsPerWord * sizeof(uint16_t);
+  return {at::empty_like(x), at::empty_symint({bytes}, x.options().dtype(at::kByte))};
+}
+
+std::tuple<at::Tensor, at::Tensor> staircase_relu_backward_meta(const at::Tensor& grad, const at::Tensor& saved,
+                                                                const at::Tensor& alpha, c10::SymIntArrayRef stride,
+                                                                int64_t, std::string_view, std::string_view, int64_t) {
+  TORCH_CHECK_VALUE(saved.device() == grad.device() && alpha.device() == grad.device(),
+                    "_staircase_relu_backward: grad, saved and alpha must be on one device, got ", grad.device(), ", ",
+                    saved.device(), " and ", alpha.device());
+  return {at::empty_strided_symint(grad.sym_sizes(), stride, grad.options()), at::empty_like(alpha)};
+}
+
+at::Tensor staircase_relu(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, std::string_view ste,
+                          std::string_view alpha_grad, int64_t channel_dim) {
+  return public_op().call(x, alpha, bits, ste, alpha_grad, channel_dim);
+}
+
+at::Tensor staircase_codes(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, int64_t channel_dim) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("qat::staircase_codes", "")
+                             .typed<decltype(staircase_codes_meta)>();
+  return op.call(x, alpha, bits, channel_dim);
+}
+
+std::vector<std::string> ste_names() {
+  return std::apply([](auto... ste) { return std::vector<std::string>{std::string(ste.name)...}; },
+                    math::SteCatalogue{});
+}
+
+TORCH_LIBRARY_IMPL(qat, Autograd, m) {
+  m.impl("staircase_relu", staircase_relu_autograd);
+  m.impl("_staircase_relu_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_staircase_relu_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(qat, Meta, m) {
+  m.impl("staircase_relu", staircase_relu_meta);
+  m.impl("staircase_codes", staircase_codes_meta);
+  m.impl("_staircase_relu_forward", staircase_relu_forward_meta);
+  m.impl("_staircase_relu_backward", staircase_relu_backward_meta);
+}
+
+}  // namespace torchqat

@@ -1,0 +1,58 @@
+#pragma once
+
+#include <c10/util/Exception.h>
+
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "torchqat/math/staircase_backward.h"
+#include "torchqat/math/ste.h"
+
+// From the names in the schema to the types in math/ste.h.
+namespace torchqat {
+
+// The names of a list of types, for error messages.
+template <typename List>
+std::string names_of() {
+  std::string names;
+  std::apply([&](auto... member) { ((names += names.empty() ? "" : ", ", names += member.name), ...); }, List{});
+  return names;
+}
+
+// Calls f(Ste{}) for the STE named `ste`.
+template <typename F>
+void with_ste(std::string_view ste, F&& f) {
+  const bool known = math::visit_named<math::SteCatalogue>(ste, std::forward<F>(f));
+  TORCH_CHECK_VALUE(known, "staircase_relu: unknown ste '", ste, "'; choose one of ", names_of<math::SteCatalogue>());
+}
+
+// Calls f(Rule{}) for the rule named `alpha_grad`.
+template <typename F>
+void with_alpha_grad(std::string_view alpha_grad, F&& f) {
+  const bool known = math::visit_named<math::AlphaGradRules>(alpha_grad, std::forward<F>(f));
+  TORCH_CHECK_VALUE(known, "staircase_relu: unknown alpha_grad '", alpha_grad, "'; choose one of ",
+                    names_of<math::AlphaGradRules>());
+}
+
+// Whether backward reads x, or the regions suffice. At one bit the exact derivative in alpha is a function of the
+// region too; callers who do not want that derivative pass bits = 1.
+inline bool backward_needs_x(std::string_view ste, std::string_view alpha_grad, int64_t bits) {
+  bool slope_needs_x = false;
+  bool level_needed = false;
+  with_ste(ste, [&]<typename Ste>(Ste) { slope_needs_x = !math::RegionSte<Ste>; });
+  with_alpha_grad(alpha_grad, [&]<typename Rule>(Rule) { level_needed = Rule::exact && bits > 1; });
+  return slope_needs_x || level_needed;
+}
+
+// The derivative in alpha as a function of the region; `exact` replaces `inside` by the level itself.
+inline math::AlphaSlope alpha_slope(std::string_view alpha_grad, int64_t bits) {
+  math::AlphaSlope slope;
+  with_alpha_grad(alpha_grad, [&]<typename Rule>(Rule) {
+    const int top = math::staircase_top(bits);
+    slope = {Rule::exact, static_cast<float>(Rule::inside(top)), static_cast<float>(top)};
+  });
+  return slope;
+}
+
+}  // namespace torchqat

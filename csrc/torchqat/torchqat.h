@@ -1,0 +1,4 @@
+#pragma once
+
+// Everything a LibTorch program uses.
+#include "torchqat/ops/staircase_relu.h"

@@ -1,0 +1,33 @@
+# The build facts beside the library, and the installation: library, headers and CMake package. The Python package
+# takes the same installation, with its own folder as the prefix.
+include(CMakePackageConfigHelpers)
+
+set(TORCHQAT_CUDA_JSON null)
+set(TORCHQAT_ARCHITECTURES_JSON "")
+if(TORCHQAT_WITH_CUDA)
+  set(TORCHQAT_CUDA_JSON "\"${CUDAToolkit_VERSION_MAJOR}.${CUDAToolkit_VERSION_MINOR}\"")
+  list(TRANSFORM CMAKE_CUDA_ARCHITECTURES REPLACE "(.+)" "\"\\1\"" OUTPUT_VARIABLE TORCHQAT_ARCHITECTURES_JSON)
+  list(JOIN TORCHQAT_ARCHITECTURES_JSON ", " TORCHQAT_ARCHITECTURES_JSON)
+endif()
+configure_file(cmake/build_info.json.in libtorchqat.json @ONLY)
+
+# From <site-packages>/torchqat/lib to torch's libraries and to the CUDA libraries that come as wheels. A wheel keeps
+# only these; any other installation also keeps the absolute folders it was linked with.
+set_target_properties(torchqat PROPERTIES
+  INSTALL_RPATH "$ORIGIN/../../torch/lib;$ORIGIN/../../nvidia/cu13/lib"
+  INSTALL_RPATH_USE_LINK_PATH "${TORCHQAT_ABSOLUTE_RPATH}")
+
+set(TORCHQAT_PACKAGE_DIR "${CMAKE_INSTALL_LIBDIR}/cmake/TorchQAT")
+install(TARGETS torchqat EXPORT TorchQATTargets LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+install(FILES ${PROJECT_BINARY_DIR}/libtorchqat.json DESTINATION ${CMAKE_INSTALL_LIBDIR})
+install(DIRECTORY csrc/torchqat DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHING PATTERN "*.h")
+install(EXPORT TorchQATTargets NAMESPACE TorchQAT:: DESTINATION ${TORCHQAT_PACKAGE_DIR})
+
+configure_package_config_file(cmake/TorchQATConfig.cmake.in TorchQATConfig.cmake
+  INSTALL_DESTINATION ${TORCHQAT_PACKAGE_DIR})
+write_basic_package_version_file(TorchQATConfigVersion.cmake COMPATIBILITY SameMinorVersion)
+install(FILES
+  ${PROJECT_BINARY_DIR}/TorchQATConfig.cmake
+  ${PROJECT_BINARY_DIR}/TorchQATConfigVersion.cmake
+  cmake/TorchQATTorch.cmake
+  DESTINATION ${TORCHQAT_PACKAGE_DIR})

@@ -1,0 +1,51 @@
+# The C++ tests (tests/cpp). GoogleTest is the installed one, else fetched at a pinned tag; without either, ctest
+# lists every test program as skipped.
+set(TORCHQAT_GTEST_TAG v1.15.2)
+
+# git clones here rather than FetchContent, whose failure would end the configuration.
+function(_torchqat_fetch_gtest source)
+  if(EXISTS "${source}/CMakeLists.txt")
+    return()
+  endif()
+  find_package(Git QUIET)
+  if(Git_FOUND)
+    message(STATUS "torchqat: GoogleTest is not installed; fetching ${TORCHQAT_GTEST_TAG}")
+    execute_process(COMMAND ${GIT_EXECUTABLE} clone --quiet --depth 1 --branch ${TORCHQAT_GTEST_TAG}
+      https://github.com/google/googletest.git "${source}" TIMEOUT 120 RESULT_VARIABLE result ERROR_VARIABLE error)
+    if(NOT result EQUAL 0)
+      message(STATUS "torchqat: ${error}")
+    endif()
+  endif()
+endfunction()
+
+macro(_torchqat_find_gtest)
+  find_package(GTest QUIET)
+  if(NOT GTest_FOUND)
+    set(gtest_source "${PROJECT_BINARY_DIR}/googletest")
+    _torchqat_fetch_gtest("${gtest_source}")
+    if(EXISTS "${gtest_source}/CMakeLists.txt")
+      set(INSTALL_GTEST OFF)
+      add_subdirectory("${gtest_source}" "${gtest_source}-build" EXCLUDE_FROM_ALL)
+    endif()
+  endif()
+endmacro()
+
+function(_torchqat_skip_cpp_tests)
+  file(GLOB tests RELATIVE "${PROJECT_SOURCE_DIR}/tests/cpp" "${PROJECT_SOURCE_DIR}/tests/cpp/test_*.cpp")
+  list(TRANSFORM tests REPLACE "\\.cpp$" "")
+  foreach(test IN LISTS tests)
+    add_test(NAME ${test} COMMAND sh -c "echo GoogleTest is missing; exit 77")
+    set_tests_properties(${test} PROPERTIES SKIP_RETURN_CODE 77)
+  endforeach()
+  list(JOIN tests ", " names)
+  message(WARNING "torchqat: no GoogleTest (apt install libgtest-dev), and it could not be fetched: "
+    "the C++ tests are SKIPPED: ${names}")
+endfunction()
+
+enable_testing()
+_torchqat_find_gtest()
+if(TARGET GTest::gtest_main)
+  add_subdirectory(tests/cpp)
+else()
+  _torchqat_skip_cpp_tests()
+endif()

@@ -1,0 +1,28 @@
+#include <torch/library.h>
+
+// Compiled instead of cuda/ in a CPU-only build: says so when an operator gets a CUDA tensor.
+namespace torchqat {
+namespace {
+
+// Every operator that has a kernel per device; a test compares the list with the library.
+constexpr const char* kOperators[] = {
+    "staircase_relu",
+    "staircase_codes",
+    "_staircase_relu_forward",
+    "_staircase_relu_backward",
+};
+
+void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack* /*stack*/) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      false, op.schema().operator_name().name,
+      ": got a CUDA tensor, but this torchqat is a CPU-only build. Rebuild it where the CUDA compiler nvcc is "
+      "installed (in its checkout: TORCHQAT_CUDA=on pip install --no-build-isolation .), or move the tensor to the CPU");
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(qat, CUDA, m) {
+  for (const char* op : kOperators) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+}
+
+}  // namespace torchqat

@@ -1,0 +1,33 @@
+"""Quantisation-aware training with very few bits: operators, modules and an optimiser for PyTorch."""
+
+from pathlib import Path
+from typing import Any
+
+from torchqat import _library
+
+_BUILD = _library.load()
+
+from torchqat import functional, nn, vmap  # noqa: E402, F401  (they need the operators that load() registered)
+
+__version__: str = _BUILD["torchqat"]
+
+#: The folder to give CMake as CMAKE_PREFIX_PATH, for find_package(TorchQAT) in a C++ project.
+cmake_prefix_path = str(Path(__file__).parent)
+
+
+def build_info() -> dict[str, Any]:
+    """What this torchqat was built from.
+
+    Returns:
+        dict: ``torchqat``, ``torch`` and ``compiler`` (versions), ``cuda`` (version of the CUDA toolkit, ``None`` for
+        a CPU-only build), ``cuda_architectures`` (list of names), ``library`` (path of the shared library).
+
+    Example:
+        >>> import torchqat
+        >>> torchqat.build_info()["torchqat"] == torchqat.__version__
+        True
+    """
+    return dict(_BUILD)
+
+
+__all__ = ["__version__", "build_info", "cmake_prefix_path", "functional", "nn"]

@@ -1,0 +1,92 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "torchqat/math/macros.h"
+
+namespace torchqat::math {
+
+// The bits of |value|, read as an integer: they have the order of the magnitudes themselves.
+template <typename T>
+using Pattern = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+
+template <typename T>
+TORCHQAT_HD Pattern<T> pattern_of(T value) {
+  Pattern<T> bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits & (~Pattern<T>{0} >> 1);
+}
+
+template <typename T>
+TORCHQAT_HD T magnitude_of(Pattern<T> bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Counts and sums of magnitudes by the leading bits of their patterns, within the window of patterns
+// [first << shift, (first + kBins) << shift). A bin lies inside one binade, where a magnitude is linear in
+// its pattern, so the sums are kept as integers: exact, whatever the order and the grouping of the additions.
+template <typename T>
+class MagnitudeHistogram {
+ public:
+  static constexpr int kBins = 2048;
+  static constexpr int kBinBits = 11;
+  // Float: 8 bits of exponent and 3 of mantissa; double: 11 bits of exponent.
+  static constexpr int kWidestShift = 8 * sizeof(T) - 1 - kBinBits;
+
+  MagnitudeHistogram() : bins_(kBins) {}
+
+  // Empties it and narrows it to the patterns of [lowest, highest].
+  void restart(Pattern<T> lowest, Pattern<T> highest) {
+    std::fill(bins_.begin(), bins_.end(), Bin{});
+    for (shift_ = 0; (highest >> shift_) - (lowest >> shift_) >= kBins;) ++shift_;
+    first_ = lowest >> shift_;
+  }
+
+  // The value must lie in the window; before the first restart every value does.
+  void add(T value) {
+    const Pattern<T> bits = pattern_of(value);
+    Bin& bin = bins_[(bits >> shift_) - first_];
+    ++bin.count;
+    bin.offsets += bits - (bits >> shift_ << shift_);
+  }
+
+  // Adds what another histogram of the same window has counted.
+  void merge(const MagnitudeHistogram& other) {
+    for (int b = 0; b < kBins; ++b) {
+      bins_[b].count += other.bins_[b].count;
+      bins_[b].offsets += other.bins_[b].offsets;
+    }
+  }
+
+  int shift() const { return shift_; }
+  int64_t count(int bin) const { return bins_[bin].count; }
+  Pattern<T> lowest(int bin) const { return (first_ + bin) << shift_; }
+  Pattern<T> highest(int bin) const { return lowest(bin) + ((Pattern<T>{1} << shift_) - 1); }
+
+  double sum(int bin) const {
+    const double base = magnitude_of<T>(lowest(bin));
+    if (bins_[bin].offsets == 0) return base * static_cast<double>(count(bin));
+    const double spacing = static_cast<double>(magnitude_of<T>(lowest(bin) + 1)) - base;
+    return base * static_cast<double>(count(bin)) + spacing * static_cast<double>(bins_[bin].offsets);
+  }
+
+ private:
+  // Offsets have up to 20 bits for float and 52 for double: the sum of the latter needs more than 64.
+  using Offsets = std::conditional_t<sizeof(T) == 4, uint64_t, unsigned __int128>;
+  struct Bin {
+    int64_t count = 0;
+    Offsets offsets = 0;
+  };
+
+  Pattern<T> first_ = 0;
+  int shift_ = kWidestShift;
+  std::vector<Bin> bins_;
+};
+
+}  // namespace torchqat::math

@@ -1,0 +1,128 @@
+"""The operators as documented functions. Each calls ``torch.ops.qat.<name>`` and adds nothing but defaults."""
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "staircase_codes",
+    "staircase_relu",
+    "ste_names",
+]
+
+
+def staircase_relu(
+    x: Tensor,
+    alpha: Tensor,
+    bits: int = 4,
+    *,
+    ste: str = "clipped_relu",
+    alpha_grad: str = "three_valued",
+    channel_dim: int = 1,
+) -> Tensor:
+    r"""Quantises activations to the :math:`b`-bit staircase ReLU of step size :math:`\alpha`.
+
+    .. math::
+        \sigma(x, \alpha) = \begin{cases} 0 & x \le 0 \\
+            \alpha \cdot \min(\lceil x / \alpha \rceil,\, 2^b - 1) & x > 0 \end{cases}
+
+    A ceil quantiser with right-closed cells: ``x = k * alpha`` is left as it is, and the smallest positive ``x``
+    gives ``alpha``. Its slope is zero almost everywhere, so backward multiplies the gradient by the slope of a proxy
+    function instead, the straight-through estimator ``ste`` (:func:`ste_names`), with :math:`q = (2^b - 1) \alpha`:
+
+    ======================= =================================== =================================
+    ``ste``                 slope                               kept for backward
+    ======================= =================================== =================================
+    ``identity``            1                                   2 bits per element
+    ``relu``                1 for x > 0                         2 bits per element
+    ``clipped_relu``        1 for 0 < x <= q                    2 bits per element
+    ``log_tailed_relu``     1 up to q, then 1 / (x - q + 1)     x itself
+    ``reverse_exponential`` exp(-x / q) for x > 0               x itself
+    ======================= =================================== =================================
+
+    The gradient of ``alpha`` is the sum over its elements of the incoming gradient times, by the rule ``alpha_grad``:
+
+    ================ ========= ============================ ========= ==============================
+    ``alpha_grad``   x <= 0    0 < x <= q                   x > q     kept for backward
+    ================ ========= ============================ ========= ==============================
+    ``exact``        0         the step index, up to 2^b-1  2^b - 1   x itself (1 bit: 2 bits)
+    ``three_valued`` 0         2^(b-1)                      2^b - 1   2 bits per element
+    ``min``          0         1                            2^b - 1   2 bits per element
+    ``pact``         0         0                            2^b - 1   2 bits per element
+    ================ ========= ============================ ========= ==============================
+
+    Where a slope is 0 the gradient is 0, whatever comes in. At ``x = NaN`` the result and both gradients are NaN.
+    Where ``alpha`` is not > 0 every output and gradient that it governs is NaN; that is not an error because finding
+    out would stall a GPU. The gradient of ``alpha`` is summed in an order that the shapes alone fix.
+
+    Args:
+        x: activations of any shape and memory format; float64, float32, bfloat16 or float16.
+        alpha: step size, in the units of ``x``: one element (shape ``[]`` or ``[1]``), or one per channel (shape
+            ``[x.size(channel_dim)]``), on the device of ``x``, of any of the four dtypes.
+        bits: width :math:`b` of the codes, 1 to 8.
+        ste: the straight-through estimator, one of :func:`ste_names`.
+        alpha_grad: ``exact``, ``three_valued``, ``min`` or ``pact``.
+        channel_dim: the dimension of ``x`` along which ``alpha`` lies; of no account when ``alpha`` has one element.
+
+    Returns:
+        Tensor: shape, dtype and memory format of ``x``.
+
+    Raises:
+        TypeError: ``x`` or ``alpha`` is not of one of the four dtypes, or is not a dense tensor.
+        ValueError: ``bits`` is out of range, ``ste`` or ``alpha_grad`` unknown, ``alpha`` of a wrong shape or on
+            another device.
+        NotImplementedError: forward-mode differentiation. (A second derivative raises ``RuntimeError``.)
+
+    Example:
+        >>> x = torch.tensor([-1.0, 0.2, 0.6, 9.0], requires_grad=True)
+        >>> alpha = torch.tensor(0.5, requires_grad=True)
+        >>> y = staircase_relu(x, alpha, bits=2)
+        >>> y.detach()
+        tensor([0.0000, 0.5000, 1.0000, 1.5000])
+        >>> y.sum().backward()
+        >>> x.grad, alpha.grad
+        (tensor([0., 1., 1., 0.]), tensor(7.))
+
+    Source: Yin, Zhang, Lyu, Osher, Qi, Xin, "Blended coarse gradient descent for full quantization of deep neural
+    networks" (2019), section 2: the staircase, its coarse derivatives and the rules for alpha. Yin, Lyu, Zhang,
+    Osher, Qi, Xin, "Understanding straight-through estimator in training activation quantized neural nets" (2019):
+    the estimators. ``log_tailed_relu``: Cai, He, Sun, Vasconcelos, "Deep learning with low precision by half-wave
+    Gaussian quantization" (2017). ``pact``: Choi et al., "PACT: parameterized clipping activation" (2018).
+    """
+    return torch.ops.qat.staircase_relu(
+        x, alpha, bits, ste=ste, alpha_grad=alpha_grad, channel_dim=channel_dim
+    )
+
+
+def staircase_codes(x: Tensor, alpha: Tensor, bits: int = 4, *, channel_dim: int = 1) -> Tensor:
+    r"""The step index of each activation: :math:`k` with ``staircase_relu(x, alpha, bits) == k * alpha``.
+
+    Args:
+        x: activations of any shape and memory format; float64, float32, bfloat16 or float16.
+        alpha: step size, as in :func:`staircase_relu`.
+        bits: width of the codes, 1 to 8.
+        channel_dim: the dimension of ``x`` along which ``alpha`` lies.
+
+    Returns:
+        Tensor: uint8, shape and memory format of ``x``, values 0 to ``2**bits - 1``. NaN has no step: where ``x`` is
+        NaN, or ``alpha`` is not > 0, the code is 0. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: as :func:`staircase_relu`.
+
+    Example:
+        >>> staircase_codes(torch.tensor([-1.0, 0.2, 0.6, 9.0]), torch.tensor(0.5), bits=2)
+        tensor([0, 1, 2, 3], dtype=torch.uint8)
+
+    Source: as :func:`staircase_relu`.
+    """
+    return torch.ops.qat.staircase_codes(x, alpha, bits, channel_dim=channel_dim)
+
+
+def ste_names() -> list[str]:
+    """The straight-through estimators that :func:`staircase_relu` knows.
+
+    Example:
+        >>> ste_names()
+        ['identity', 'relu', 'clipped_relu', 'log_tailed_relu', 'reverse_exponential']
+    """
+    return torch.ops.qat.ste_names()

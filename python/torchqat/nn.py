@@ -1,0 +1,106 @@
+"""Modules."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from torchqat import functional as F
+
+__all__ = ["StaircaseReLU"]
+
+# Step sizes with the least mean squared error for half-Gaussian input max(z, 0), z ~ N(0, 1) (tests recompute them).
+OPTIMAL_ALPHA = {1: 0.797885, 2: 0.486570, 3: 0.289310, 4: 0.166641, 5: 0.0938287, 6: 0.0519708, 7: 0.0284185, 8: 0.0153773}
+# The values that BCGD's authors start from; optimal for a round-to-nearest staircase rather than for this one.
+PAPERS_ALPHA = {1: 1.2221, 2: 0.6511, 4: 0.1946}
+
+
+class StaircaseReLU(torch.nn.Module):
+    r"""The staircase ReLU with its own learnable step size: :func:`torchqat.functional.staircase_relu` as a module.
+
+    Args:
+        bits: width of the activation codes, 1 to 8.
+        ste: straight-through estimator of the backward pass, one of :func:`torchqat.functional.ste_names`.
+        alpha_grad: rule for the gradient of the step size: ``exact``, ``three_valued``, ``min`` or ``pact``.
+        channels: ``None`` for one step size, or the size of dimension 1 of the input for one per channel.
+        alpha_init: ``"optimal"``: the step size of least mean squared error where the input is standard normal, as
+            after batch normalisation; ``"papers"``: what BCGD's authors start from (bits 1, 2 and 4); or a number.
+            :func:`torchqat.calibrate` sets it from data.
+        alpha_grad_scale: what the gradient of ``alpha`` is multiplied by.
+        alpha_grad_clip: what it is then clamped to, ``[-alpha_grad_clip, alpha_grad_clip]``; ``inf`` for no bound.
+        alpha_min: the least step size that forward uses. The bound passes the gradient, and forward never writes
+            ``alpha``; :class:`torchqat.optim.BCGD` clamps the parameter itself after its step.
+
+    Shape:
+        any; with ``channels`` dimension 1 must have that size. The result has the input's shape and dtype.
+
+    Attributes:
+        alpha: the step size, a float32 parameter of shape ``[]`` or ``[channels]``, in the units of the input.
+
+    Raises:
+        ValueError: an option is out of range or unknown.
+
+    Example:
+        >>> act = torchqat.nn.StaircaseReLU(bits=2, alpha_init=0.5)
+        >>> act(torch.tensor([-1.0, 0.2, 0.6, 9.0])).detach()
+        tensor([0.0000, 0.5000, 1.0000, 1.5000])
+
+    Source: Yin, Zhang, Lyu, Osher, Qi, Xin, "Blended coarse gradient descent for full quantization of deep neural
+    networks" (2019), section 2; the defaults of ``alpha_grad_scale``, ``alpha_grad_clip`` and ``alpha_min`` are the
+    authors'.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        *,
+        ste: str = "clipped_relu",
+        alpha_grad: str = "three_valued",
+        channels: int | None = None,
+        alpha_init: str | float = "optimal",
+        alpha_grad_scale: float = 0.01,
+        alpha_grad_clip: float = 1.0,
+        alpha_min: float = 1e-3,
+    ):
+        super().__init__()
+        if channels is not None and channels < 1:
+            raise ValueError(f"StaircaseReLU: channels must be None or at least 1, got {channels}")
+        for name, value in (("alpha_grad_clip", alpha_grad_clip), ("alpha_min", alpha_min)):
+            if not value > 0:
+                raise ValueError(f"StaircaseReLU: {name} must be > 0, got {value}")
+        if not math.isfinite(alpha_grad_scale):
+            raise ValueError(f"StaircaseReLU: alpha_grad_scale must be finite, got {alpha_grad_scale}")
+        self.bits = bits
+        self.ste = ste
+        self.alpha_grad = alpha_grad
+        self.channels = channels
+        self.alpha_grad_scale = alpha_grad_scale
+        self.alpha_grad_clip = alpha_grad_clip
+        self.alpha_min = alpha_min
+        # The operator knows what its options may be: ask it rather than keep a second list.
+        F.staircase_relu(torch.empty(0), torch.tensor(1.0), bits, ste=ste, alpha_grad=alpha_grad)
+        start = max(self._initial_alpha(alpha_init), alpha_min)
+        self.alpha = torch.nn.Parameter(torch.full(() if channels is None else (channels,), start))
+
+    def _initial_alpha(self, alpha_init: str | float) -> float:
+        tables = {"optimal": OPTIMAL_ALPHA, "papers": PAPERS_ALPHA}
+        if isinstance(alpha_init, str):
+            if alpha_init not in tables:
+                raise ValueError(f"StaircaseReLU: alpha_init must be 'optimal', 'papers' or a number, got {alpha_init!r}")
+            if self.bits not in tables[alpha_init]:
+                raise ValueError(f"StaircaseReLU: the papers give no alpha_init for {self.bits} bits, only for 1, 2, 4")
+            return tables[alpha_init][self.bits]
+        if not (alpha_init > 0 and math.isfinite(alpha_init)):
+            raise ValueError(f"StaircaseReLU: alpha_init must be a finite number > 0, got {alpha_init}")
+        return float(alpha_init)
+
+    def step_size(self) -> Tensor:
+        """The step size that forward uses, ``alpha`` bounded below by ``alpha_min``, with its gradient's scale and clip."""
+        return torch.ops.qat._bounded_alpha(self.alpha, self.alpha_min, self.alpha_grad_scale, self.alpha_grad_clip)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.staircase_relu(x, self.step_size(), self.bits, ste=self.ste, alpha_grad=self.alpha_grad)
+
+    def extra_repr(self) -> str:
+        channels = "" if self.channels is None else f", channels={self.channels}"
+        return f"bits={self.bits}, ste={self.ste!r}, alpha_grad={self.alpha_grad!r}{channels}"

@@ -1,0 +1,75 @@
+"""Rules by which torch.vmap batches the operators."""
+
+import torch
+
+register = torch.library.register_vmap
+
+
+def _front(t, dim, size):
+    """``t`` with the batch dimension first, expanded where ``t`` is not batched."""
+    return t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _flatten_channels(x, x_dim, alpha, alpha_dim, channel_dim, size):
+    """Batched arguments as one call's: (x, alpha, channel_dim, function that brings the result back).
+
+    A batch of step sizes is a channel dimension of its own, merged with the one there is.
+    """
+    x = _front(x, x_dim, size)
+    if alpha_dim is None:
+        per_tensor = alpha.numel() == 1
+        return x, alpha, 0 if per_tensor else _shifted(x, channel_dim), lambda y: y
+    alpha = alpha.movedim(alpha_dim, 0)
+    if alpha.numel() == size:
+        return x, alpha.reshape(size), 0, lambda y: y
+    dim = _shifted(x, channel_dim)
+    merged = x.movedim(dim, 1)
+    shape = merged.shape
+    if alpha.shape != shape[:2]:
+        raise ValueError(
+            f"staircase_relu: alpha must have one element, or one for each of the {shape[1]} channels of x, "
+            f"got shape {tuple(alpha.shape[1:])}"
+        )
+    return merged.flatten(0, 1), alpha.flatten(), 0, lambda y: y.reshape(shape).movedim(1, dim)
+
+
+def _shifted(x, channel_dim):
+    """``channel_dim`` of one sample as a dimension of the batch ``x``, whose dimension 0 is the batch's."""
+    return channel_dim % (x.dim() - 1) + 1
+
+
+def _register_staircase(name):
+    op = getattr(torch.ops.qat, name)
+
+    @register(f"qat::{name}")
+    def rule(info, in_dims, x, alpha, bits, channel_dim=1, **options):
+        size = info.batch_size
+        x, alpha, channel_dim, restore = _flatten_channels(x, in_dims[0], alpha, in_dims[1], channel_dim, size)
+        return restore(op(x, alpha, bits, channel_dim=channel_dim, **options)), 0
+
+
+_register_staircase("staircase_relu")
+_register_staircase("staircase_codes")
+
+
+def _register_one_by_one(name):
+    """For the private halves, whose packed codes do not batch: sample by sample (per-sample gradients take this way)."""
+    op = getattr(torch.ops.qat, name)
+
+    @register(f"qat::{name}")
+    def rule(info, in_dims, *args):
+        dims = list(in_dims) + [None] * (len(args) - len(in_dims))
+        samples = [
+            op(*(a.select(d, i) if isinstance(a, torch.Tensor) and d is not None else a for a, d in zip(args, dims)))
+            for i in range(info.batch_size)
+        ]
+        return tuple(torch.stack(parts) for parts in zip(*samples)), (0, 0)
+
+
+_register_one_by_one("_staircase_relu_forward")
+_register_one_by_one("_staircase_relu_backward")
+
+
+@register("qat::_bounded_alpha")
+def _bounded_alpha(info, in_dims, alpha, *bounds):
+    return torch.ops.qat._bounded_alpha(alpha, *bounds), in_dims[0]

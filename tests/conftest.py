@@ -1,0 +1,23 @@
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def data_dir():
+    """The folder with `mnist` and `fashion-mnist`, where TORCHQAT_DATA names one."""
+    path = os.environ.get("TORCHQAT_DATA")
+    if not path:
+        pytest.skip("TORCHQAT_DATA is not set: no MNIST to read")
+    return path

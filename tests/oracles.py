@@ -1,0 +1,69 @@
+"""What the operators must compute, written from the papers in eager torch. Shares nothing with the library."""
+
+import torch
+
+# ---- staircase ReLU: BCGD (Yin et al. 2019), section 2 ----
+
+
+def opmath(t):
+    """The precision of the arithmetic: float32 for the half precisions."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def along(alpha, x, channel_dim):
+    """alpha broadcast against x, in the precision of x's arithmetic."""
+    alpha = alpha.to(opmath(x).dtype)
+    if alpha.numel() == 1:
+        return alpha.reshape(())
+    shape = [1] * x.dim()
+    shape[channel_dim] = -1
+    return alpha.reshape(shape)
+
+
+def level(x, alpha, bits, channel_dim=1):
+    """The index of the step: x in ((k-1) alpha, k alpha] is on step k, and step 2^b - 1 has no end."""
+    x, a = opmath(x), along(alpha, x, channel_dim)
+    k = torch.ceil(x / a)
+    k = torch.where(k > 2**bits - 1, torch.full_like(k, 2**bits - 1), k)
+    k = torch.where(k < 1, torch.ones_like(k), k)  # x / a may underflow
+    k = torch.where(x > 0, k, torch.zeros_like(k))
+    return torch.where(torch.isnan(x) | ~(a > 0), torch.full_like(k, torch.nan), k)
+
+
+def staircase(x, alpha, bits, channel_dim=1):
+    k = level(x, alpha, bits, channel_dim)
+    y = torch.where(k == 0, torch.zeros_like(k), along(alpha, x, channel_dim) * k)
+    return y.to(x.dtype)
+
+
+def ste_slope(x, alpha, bits, ste, channel_dim=1):
+    """The derivative of the proxy function; q is the largest output of the staircase."""
+    z, q = opmath(x), (2**bits - 1) * along(alpha, x, channel_dim)
+    positive = (z > 0).to(z.dtype)
+    slope = {
+        "identity": lambda: torch.ones_like(z),
+        "relu": lambda: positive,
+        "clipped_relu": lambda: positive * (z <= q),
+        "log_tailed_relu": lambda: torch.where(z > q, 1 / (z - q + 1), positive),
+        "reverse_exponential": lambda: torch.where(z > 0, torch.exp(-z / q), 0),
+    }[ste]()
+    return torch.where(torch.isnan(z) | ~(q > 0), torch.nan, slope)
+
+
+def alpha_slope(x, alpha, bits, rule, channel_dim=1):
+    """The coarse derivative of the staircase in alpha."""
+    z, q, top = opmath(x), (2**bits - 1) * along(alpha, x, channel_dim), 2**bits - 1
+    middle = {"exact": level(x, alpha, bits, channel_dim), "three_valued": 2 ** (bits - 1), "min": 1, "pact": 0}[rule]
+    slope = torch.where(z > q, top, torch.where(z > 0, torch.as_tensor(middle, dtype=z.dtype, device=z.device), 0.0))
+    return torch.where(torch.isnan(z) | ~(q > 0), torch.nan, slope)
+
+
+def staircase_grads(grad, x, alpha, bits, ste, rule, channel_dim=1):
+    """The gradients of x (exactly rounded once) and of alpha (summed in float64)."""
+    grad_x = opmath(grad) * ste_slope(x, alpha, bits, ste, channel_dim)
+    terms = grad.double() * alpha_slope(x, alpha, bits, rule, channel_dim).double()
+    if alpha.numel() == 1:
+        grad_alpha = terms.sum().reshape(alpha.shape)
+    else:
+        grad_alpha = terms.movedim(channel_dim, 0).flatten(1).sum(1)
+    return grad_x.to(x.dtype), grad_alpha

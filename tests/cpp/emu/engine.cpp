@@ -1,0 +1,233 @@
+#include "engine.h"
+
+#include <link.h>
+#include <sanitizer/asan_interface.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <sstream>
+
+#include "cuda_runtime.h"
+#include "fiber.h"
+
+// Dynamic shared memory: a kernel declares `extern __shared__ unsigned char dynamic_shared[];`.
+namespace torchqat::cuda {
+alignas(16) thread_local unsigned char dynamic_shared[emu::kDynamicSharedSize];
+}
+
+namespace emu {
+namespace {
+
+using torchqat::cuda::dynamic_shared;
+
+enum class State { ready, at_barrier, at_warp_call };
+
+struct Thread {
+  Fiber fiber;
+  uint3 index;
+  State state;
+  Site site;
+  WarpCall call;
+};
+
+std::vector<std::unique_ptr<Thread>> threads;  // of the block that runs, by linear index
+std::vector<std::unique_ptr<Thread>> spare;    // stacks are worth keeping from launch to launch
+Thread* running = nullptr;
+const std::function<void()>* body = nullptr;
+std::string failure;
+
+std::string text(const Site& site) {
+  std::ostringstream out;
+  out << site.file_name() << ":" << site.line();
+  return out.str();
+}
+
+bool same(const Site& a, const Site& b) {
+  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
+}
+
+std::vector<unsigned> order_of(unsigned n, unsigned seed) {
+  std::vector<unsigned> order(n);
+  std::iota(order.begin(), order.end(), 0U);
+  if (world.order == Order::descending) std::reverse(order.begin(), order.end());
+  if (world.order == Order::shuffled) std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+  return order;
+}
+
+// Variables marked __shared__ are thread_local, and nothing else in a test program is: they are this
+// program's thread-local storage, templates' included (g++ ignores a section attribute in a template).
+struct Storage {
+  void* begin = nullptr;
+  size_t size = 0;
+};
+
+int find_storage(dl_phdr_info* program, size_t, void* found) {  // the program itself is visited first
+  for (int i = 0; i < program->dlpi_phnum; ++i) {
+    if (program->dlpi_phdr[i].p_type != PT_TLS) continue;
+    *static_cast<Storage*>(found) = {program->dlpi_tls_data, program->dlpi_phdr[i].p_memsz};
+  }
+  return 1;
+}
+
+void poison_shared(size_t dynamic_size) {
+  static const Storage storage = [] {
+    Storage found;
+    dl_iterate_phdr(find_storage, &found);
+    return found;
+  }();
+  ASAN_UNPOISON_MEMORY_REGION(dynamic_shared, sizeof(dynamic_shared));
+  std::memset(storage.begin, world.poison, storage.size);
+  ASAN_POISON_MEMORY_REGION(dynamic_shared + dynamic_size, sizeof(dynamic_shared) - dynamic_size);
+}
+
+void run_thread(void*) { (*body)(); }
+
+// Opens a barrier at which every thread of the block waits. Threads that have returned do not count as
+// arrived.
+void open_barrier() {
+  for (const auto& thread : threads) {
+    if (thread->fiber.finished() || thread->state != State::at_barrier) return;
+    if (!same(thread->site, threads[0]->site)) return;
+  }
+  for (const auto& thread : threads) thread->state = State::ready;
+}
+
+Thread* lane_of(const Thread* thread, unsigned lane) {
+  const unsigned linear = thread->index.x + blockDim.x * (thread->index.y + blockDim.y * thread->index.z);
+  const unsigned wanted = linear / kWarpSize * kWarpSize + lane;
+  return wanted < threads.size() ? threads[wanted].get() : nullptr;
+}
+
+// The last of the lanes to arrive computes what each of them gets.
+void complete_warp_call() {
+  const WarpCall& mine = running->call;
+  uint64_t ballot = 0;
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+    if (!(mine.mask >> lane & 1)) continue;
+    const Thread* other = lane_of(running, lane);
+    if (other == nullptr || other->fiber.finished()) fail("a warp call names a lane that is not there");
+    if (other->state != State::at_warp_call || !same(other->call.site, mine.site)) return;
+    if (other->call.mask != mine.mask) fail("lanes of one warp call give different masks");
+    ballot |= uint64_t{other->call.value != 0} << lane;
+  }
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+    if (!(mine.mask >> lane & 1)) continue;
+    Thread* other = lane_of(running, lane);
+    if (other->call.kind == WarpCall::Kind::ballot) other->call.result = ballot;
+    if (other->call.kind == WarpCall::Kind::shuffle) {
+      if (!(mine.mask >> other->call.source & 1)) fail("a shuffle reads a lane outside of its mask");
+      other->call.result = lane_of(running, other->call.source)->call.value;
+    }
+    other->state = State::ready;
+  }
+}
+
+[[noreturn]] void fail_divergent() {
+  std::map<std::string, unsigned> groups;
+  for (const auto& thread : threads) {
+    const bool at_barrier = thread->state == State::at_barrier;
+    groups[thread->fiber.finished() ? "have returned"
+           : at_barrier             ? "wait for the block at " + text(thread->site)
+                                    : "wait for their warp at " + text(thread->call.site)]++;
+  }
+  std::ostringstream out;
+  out << "divergent barrier:";
+  for (const auto& [where, count] : groups) out << "\n  " << count << " threads " << where;
+  throw Error(out.str());
+}
+
+// Lets each thread that can move do so; false when none could.
+bool pass(const std::vector<unsigned>& order) {
+  bool moved = false;
+  for (const unsigned i : order) {
+    Thread& thread = *threads[i];
+    if (thread.fiber.finished() || thread.state != State::ready) continue;
+    running = &thread;
+    threadIdx = thread.index;
+    thread.fiber.resume();
+    moved = true;
+    if (!failure.empty()) throw Error(failure);
+  }
+  return moved;
+}
+
+void run_block(size_t dynamic_shared_size, unsigned seed) {
+  poison_shared(dynamic_shared_size);
+  for (const auto& thread : threads) {
+    thread->state = State::ready;
+    thread->fiber.start(run_thread, nullptr);
+  }
+  const auto order = order_of(static_cast<unsigned>(threads.size()), seed);
+  while (pass(order)) open_barrier();
+  for (const auto& thread : threads) {
+    if (!thread->fiber.finished()) fail_divergent();
+  }
+}
+
+void resize_block(dim3 block) {
+  const size_t size = size_t{block.x} * block.y * block.z;
+  while (threads.size() > size) {
+    spare.push_back(std::move(threads.back()));
+    threads.pop_back();
+  }
+  while (threads.size() < size) {
+    if (spare.empty()) spare.push_back(std::make_unique<Thread>());
+    threads.push_back(std::move(spare.back()));
+    spare.pop_back();
+  }
+  for (unsigned i = 0; i < size; ++i) {
+    threads[i]->index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+  }
+}
+
+}  // namespace
+
+void run_grid(dim3 grid, dim3 block, size_t dynamic_shared_size, const std::function<void()>& thread_body) {
+  launches.push_back({grid, block});
+  resize_block(block);
+  gridDim = grid;
+  blockDim = block;
+  body = &thread_body;
+  failure.clear();
+  const unsigned blocks = grid.x * grid.y * grid.z;
+  for (const unsigned i : order_of(blocks, blocks)) {
+    blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+    run_block(dynamic_shared_size, i);
+  }
+}
+
+void block_barrier(Site site) {
+  running->site = site;
+  running->state = State::at_barrier;
+  running->fiber.pause();
+}
+
+uint64_t warp_call(const WarpCall& call) {
+  running->call = call;
+  if (!(call.mask >> (linear_thread() % kWarpSize) & 1))
+    fail("the mask of a warp call leaves out its caller");
+  running->state = State::at_warp_call;
+  complete_warp_call();
+  if (running->state != State::ready) running->fiber.pause();
+  return running->call.result;
+}
+
+void fail(const std::string& what) {
+  std::ostringstream out;
+  out << what << " (thread " << linear_thread() << " of block " << blockIdx.x << ", " << blockIdx.y << ", "
+      << blockIdx.z << ", waiting at " << text(running->call.site) << ")";
+  failure = out.str();
+  running->fiber.pause();
+  std::abort();  // a fiber that failed is never resumed
+}
+
+unsigned linear_thread() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
+
+unsigned block_size() { return blockDim.x * blockDim.y * blockDim.z; }
+
+}  // namespace emu

@@ -1,0 +1,64 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <source_location>
+#include <stdexcept>
+#include <vector>
+
+#include "vector_types.h"
+
+// Runs the blocks of a grid one after the other, and the threads of a block as fibers. Whatever a device
+// leaves open (the order of blocks and threads, what shared memory holds at first) is chosen by `world`.
+namespace emu {
+
+constexpr unsigned kWarpSize = 32;
+constexpr size_t kDynamicSharedSize = 48 * 1024;
+
+enum class Order { ascending, descending, shuffled };
+
+struct World {
+  uint8_t poison = 0xFF;  // every byte of memory that nobody wrote
+  Order order = Order::ascending;
+};
+inline World world;
+
+// A kernel did what a device does not allow. Reaches the test as an exception out of the launch.
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+using Site = std::source_location;
+
+void run_grid(dim3 grid, dim3 block, size_t dynamic_shared, const std::function<void()>& thread_body);
+
+// The launches since the last clear(), for tests of how many there are and of what size.
+struct Launch {
+  dim3 grid, block;
+};
+inline std::vector<Launch> launches;
+
+// __syncthreads, called by the fiber that runs.
+void block_barrier(Site site);
+
+// What the lanes named in `mask` do together: each brings a value, and gets `result`.
+struct WarpCall {
+  enum class Kind { sync, shuffle, ballot };
+  Kind kind;
+  Site site;
+  unsigned mask;
+  uint64_t value = 0;
+  unsigned source = 0;  // shuffle: the lane whose value is the result
+  uint64_t result = 0;
+};
+uint64_t warp_call(const WarpCall& call);
+
+// Ends the run of the grid with an Error that names the thread.
+[[noreturn]] void fail(const std::string& what);
+
+unsigned linear_thread();  // within the block
+unsigned block_size();
+
+}  // namespace emu

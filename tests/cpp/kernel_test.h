@@ -1,0 +1,115 @@
+#pragma once
+
+#include <gtest/gtest.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "launch.cuh"
+
+// What the tests of the CUDA kernels share. The kernels run on the host, under emu/, with AddressSanitizer
+// and UndefinedBehaviorSanitizer. A test has three parts: buffers of exactly the size that the kernel may
+// touch, launches inside in_every_world, and a comparison with a plain loop.
+namespace torchqat::cuda::testing {
+
+// The dtypes of the operators, for TYPED_TEST_SUITE. Half and BFloat16 are torch's own, from its header-only
+// part.
+using StorageTypes = ::testing::Types<double, float, c10::BFloat16, c10::Half>;
+
+template <typename T>
+using opmath_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Around a pack of 8, a warp, a block, and a block of packs.
+inline const std::vector<int64_t> kSizes = {1, 7, 8, 9, 31, 32, 33, 255, 256, 257, 2047, 2048, 2049, 5003};
+
+// A kernel was started; EXPECT_EQ would not say why not.
+inline void expect_success(cudaError_t error) { EXPECT_STREQ(cudaGetErrorString(error), "no error"); }
+
+// Device memory of exactly n elements that begins `shift` elements after a 16-byte boundary. It holds what
+// the world's poison makes of it until somebody writes; reads past its end are AddressSanitizer's to find,
+// writes before its beginning `contents` finds.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n, int64_t shift = 0)
+      : n_(n),
+        shift_(shift),
+        poison_(emu::world.poison),
+        bytes_(new (kAlign) uint8_t[(n + shift) * sizeof(T)]) {
+    std::memset(bytes_.get(), poison_, (n + shift) * sizeof(T));
+  }
+  Buffer(const std::vector<T>& values, int64_t shift = 0)
+      : Buffer(static_cast<int64_t>(values.size()), shift) {
+    std::memcpy(static_cast<void*>(data()), values.data(), values.size() * sizeof(T));
+  }
+
+  T* data() { return reinterpret_cast<T*>(bytes_.get()) + shift_; }
+  int64_t size() const { return n_; }
+
+  std::vector<T> contents() {
+    for (size_t i = 0; i < shift_ * sizeof(T); ++i) {
+      if (bytes_[i] != poison_)
+        ADD_FAILURE() << "written to " << shift_ * sizeof(T) - i << " bytes before the buffer";
+    }
+    return std::vector<T>(data(), data() + n_);
+  }
+
+ private:
+  static constexpr std::align_val_t kAlign{16};
+  struct Free {
+    void operator()(uint8_t* bytes) const { operator delete[](bytes, kAlign); }
+  };
+  int64_t n_, shift_;
+  uint8_t poison_;
+  std::unique_ptr<uint8_t[], Free> bytes_;
+};
+
+// Equal to the last bit, NaN and the sign of zero included.
+template <typename T>
+bool same_bits(const T& a, const T& b) {
+  static_assert(std::is_trivially_copyable_v<T>);
+  return std::memcmp(&a, &b, sizeof(T)) == 0;
+}
+template <typename T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+template <typename... T>
+bool same_bits(const std::tuple<T...>& a, const std::tuple<T...>& b) {
+  const auto each = [&]<size_t... I>(std::index_sequence<I...>) {
+    return (same_bits(std::get<I>(a), std::get<I>(b)) && ...);
+  };
+  return each(std::index_sequence_for<T...>{});
+}
+
+// Worlds in which a correct kernel gives the same bits. They differ in what nobody wrote (NaN, a large
+// number, 0) and in the order of threads and blocks.
+inline const emu::World kWorlds[] = {
+    {0xFF, emu::Order::ascending}, {0x5B, emu::Order::descending}, {0x00, emu::Order::shuffled}};
+
+// Calls run(), which makes its buffers, launches and returns what came out (a vector, or a std::tuple of
+// them), in every world; a difference fails the test. Returns the first result.
+template <typename Run>
+auto in_every_world(Run run) {
+  const emu::World before = emu::world;
+  emu::world = kWorlds[0];
+  const auto first = run();
+  for (const emu::World& world : {kWorlds[1], kWorlds[2]}) {
+    emu::world = world;
+    EXPECT_TRUE(same_bits(first, run()))
+        << "depends on memory that nobody wrote, or on the order of threads or "
+           "blocks (poison "
+        << int{world.poison} << ")";
+  }
+  emu::world = before;
+  return first;
+}
+
+}  // namespace torchqat::cuda::testing

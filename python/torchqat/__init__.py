@@ -8,6 +8,8 @@ from torchqat import _library
 _BUILD = _library.load()
 
 from torchqat import functional, nn, vmap  # noqa: E402, F401  (they need the operators that load() registered)
+from torchqat.calibrate import calibrate  # noqa: E402
+from torchqat.prepare import prepare  # noqa: E402
 
 __version__: str = _BUILD["torchqat"]
 
@@ -30,4 +32,4 @@ def build_info() -> dict[str, Any]:
     return dict(_BUILD)
 
 
-__all__ = ["__version__", "build_info", "cmake_prefix_path", "functional", "nn"]
+__all__ = ["__version__", "build_info", "calibrate", "cmake_prefix_path", "functional", "nn", "prepare"]

@@ -1,0 +1,157 @@
+"""From a float network to one with quantised activations: puts a staircase in the place of every ReLU."""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from torchqat import rewrite
+from torchqat.excluded import Excluded
+from torchqat.nn import StaircaseReLU
+
+RELUS = (nn.ReLU, nn.ReLU6)
+
+
+@dataclass
+class PrepareReport:
+    """What `prepare` did; `model.prepare_report` is that of the last call.
+
+    Attributes:
+        replaced: the names of the StaircaseReLUs it made.
+        not_replaced: one line for each ReLU that it found and could not replace: where, and why.
+        shared: one line for each StaircaseReLU that is called more than once a forward: its calls share a step.
+    """
+
+    replaced: list[str] = field(default_factory=list)
+    not_replaced: list[str] = field(default_factory=list)
+    shared: list[str] = field(default_factory=list)
+
+
+def prepare(
+    model: nn.Module,
+    act_bits: int = 4,
+    *,
+    exclude: Iterable[str | type] = (),
+    ste: str = "clipped_relu",
+    alpha_grad: str = "three_valued",
+    **options,
+) -> nn.Module:
+    """Replaces every ReLU of a model by a :class:`~torchqat.nn.StaircaseReLU`, in place.
+
+    ``nn.ReLU`` and ``nn.ReLU6`` modules are replaced wherever they are, also where one object is used in
+    several places. A module that calls one ReLU several times, or calls ``F.relu``, ``F.relu6``,
+    ``torch.relu`` or ``Tensor.relu``, gets one StaircaseReLU per call: its forward function is traced with
+    torch.fx and rewritten (the object stays an instance of its class). A forward that fx cannot trace
+    faithfully (control flow that depends on data or on ``self.training``, optional arguments, tensors it
+    makes itself) is left as it is; what then stays unquantised, or shares a step, is told by name in one
+    warning and in ``model.prepare_report``. As always with fx, a rewritten forward has the Python values
+    of this moment built in.
+
+    Training mode, device, dtype and hooks are kept, and weights are not touched: quantize those with
+    :class:`~torchqat.optim.BCGD`. Preparing twice changes nothing the second time.
+
+    Args:
+        model: any module that is not a ReLU itself. Changed in place.
+        act_bits: width of the activations, 1 to 8.
+        exclude: names of modules to leave alone, with all that is inside them, and types.
+        ste: see :func:`torchqat.functional.ste_names`.
+        alpha_grad: the rule for the gradient of alpha: ``exact``, ``three_valued``, ``min`` or ``pact``.
+        options: further options of :class:`~torchqat.nn.StaircaseReLU`, for every one of them.
+
+    Returns:
+        nn.Module: ``model``.
+
+    Example:
+        >>> import torchqat
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model = torchqat.prepare(model, act_bits=2)
+        >>> model.prepare_report.replaced
+        ['1']
+    """
+    if isinstance(model, RELUS):
+        raise TypeError("prepare: the model is itself a ReLU and cannot be replaced in place")
+    left_alone = Excluded("prepare", exclude, model)
+    options = {"ste": ste, "alpha_grad": alpha_grad, **options}
+    report = PrepareReport()
+    made = _replace_modules(model, lambda: StaircaseReLU(act_bits, **options), left_alone, report)
+    taken: set[nn.Module] = set()
+    for name, owner in list(model.named_modules()):
+        if left_alone(name):
+            continue
+        if type(owner).__module__.startswith("torch.nn."):
+            report.not_replaced += _functions_held(name, owner)
+            continue
+
+        def new(owner=owner):
+            return _adopt(StaircaseReLU(act_bits, **options), owner, model)
+
+        try:
+            added = rewrite.split_calls(owner, rewrite.own_graph(owner), made, taken, new)
+            report.replaced += [_join(name, slot) for slot in added]
+        except rewrite.Untraceable as reason:
+            _report_untraced(name, owner, made, str(reason), report)
+    model.prepare_report = report
+    _warn("prepare: these ReLUs are not quantised", report.not_replaced)
+    _warn("prepare: these StaircaseReLUs have one step for several calls", report.shared)
+    return model
+
+
+def _replace_modules(model, new, left_alone, report) -> dict[nn.Module, bool]:
+    """Fills every place that holds a ReLU with a StaircaseReLU of its own; which of those ReLUs worked in place."""
+    made = {}
+    for name, owner in list(model.named_modules()):
+        for slot, child in list(owner._modules.items()):
+            path = _join(name, slot)
+            if not isinstance(child, RELUS) or left_alone(path):
+                continue
+            if type(child) not in RELUS:
+                report.not_replaced.append(f"{path}: {type(child).__name__} is a class of its own")
+                continue
+            staircase = _adopt(new(), owner, model).train(child.training)
+            for attribute, hooks in vars(child).items():
+                if attribute.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+                    setattr(
+                        staircase, attribute, hooks
+                    )  # the same dictionary, so handles still remove theirs
+            setattr(owner, slot, staircase)
+            made[staircase] = child.inplace
+            report.replaced.append(path)
+    return made
+
+
+def _adopt(staircase: StaircaseReLU, owner: nn.Module, model: nn.Module) -> StaircaseReLU:
+    """Moves a new StaircaseReLU to where its surroundings are: training mode, device and floating dtype."""
+    for module in (owner, model):
+        near = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
+        if near is not None and near is not staircase.alpha:
+            staircase.to(device=near.device, dtype=near.dtype)
+            break
+    return staircase.train(owner.training)
+
+
+def _functions_held(name: str, module: nn.Module) -> list[str]:
+    """ReLU functions that a module of torch keeps as an attribute, as nn.TransformerEncoderLayer does."""
+    held = [key for key, value in vars(module).items() if callable(value) and value in rewrite.FUNCTIONS]
+    return [f"{_join(name, key)}: a function inside {type(module).__name__}" for key in held]
+
+
+def _report_untraced(name, owner, made, reason: str, report: PrepareReport) -> None:
+    calls = rewrite.calls_in_source(owner)
+    label = name or type(owner).__name__
+    for callee, where in calls:
+        if rewrite.is_functional_relu(callee):
+            report.not_replaced.append(f"{label}: {callee} at {where} ({reason})")
+    for slot, child in owner.named_children():
+        lines = [where for callee, where in calls if callee == f"self.{slot}"]
+        if child in made and len(lines) > 1:
+            report.shared.append(f"{_join(name, slot)}: called at {', '.join(lines)} ({reason})")
+
+
+def _join(name: str, slot: str) -> str:
+    return f"{name}.{slot}" if name else slot
+
+
+def _warn(what: str, lines: list[str]) -> None:
+    if lines:
+        warnings.warn(f"{what}:\n  " + "\n  ".join(lines), stacklevel=3)

@@ -7,8 +7,9 @@
 #include "torchqat/math/macros.h"
 #include "torchqat/math/weight_levels.h"
 
-// One step of blended coarse gradient descent (BCGD; Yin, Zhang, Lyu, Osher, Qi, Xin 2018), element by element, and
-// the projection that follows it: w <- scale * level with the scale of each tensor or channel fitted to the new y.
+// One step of blended coarse gradient descent (BCGD; Yin, Zhang, Lyu, Osher, Qi, Xin 2018), element by
+// element, and the projection that follows it: w <- scale * level with the scale of each tensor or channel
+// fitted to the new y.
 namespace torchqat::math {
 
 template <typename T>
@@ -45,7 +46,11 @@ enum class Projection {
   twn,          // two bits: the mean of the |y| of at least 0.7 mean|y|
 };
 
-// The level of a magnitude, by one of two rules.
+// The level of a magnitude, by one of three rules.
+template <typename T>
+struct TopLevel {
+  TORCHQAT_HD T operator()(T) const { return T(1); }
+};
 template <typename T>
 struct NearestLevel {
   T step;
@@ -58,8 +63,14 @@ struct KeptLevel {
   TORCHQAT_HD T operator()(T magnitude) const { return magnitude >= threshold ? T(1) : T(0); }
 };
 
-// What a pass over y adds up: <|y|, q>, <q, q> and the largest |y|. A y that is not finite leaves its mark in the
-// overlap, as 0 * inf is NaN.
+template <typename T, typename Level>
+TORCHQAT_HD T signed_level(T y, const Level& level) {
+  const T q = level(std::abs(y));
+  return y < T(0) ? -q : q;
+}
+
+// What a pass over y adds up: <|y|, q>, <q, q> and the largest |y|. A y that is not finite leaves its mark in
+// the overlap, as 0 * inf is NaN.
 struct StepSums {
   double overlap = 0;
   double energy = 0;
@@ -77,15 +88,18 @@ struct StepSums {
 
   TORCHQAT_HD bool finite() const { return overlap - overlap == 0; }
   // The best scale for the levels; 0 where there are none, NaN where a y is not finite.
-  TORCHQAT_HD double scale() const { return finite() ? (energy > 0 ? overlap / energy : 0) : overlap - overlap; }
+  TORCHQAT_HD double scale() const {
+    return finite() ? (energy > 0 ? overlap / energy : 0) : overlap - overlap;
+  }
   // The papers' step size.
   TORCHQAT_HD double start(int64_t bits) const {
     return finite() ? 2 * peak / static_cast<double>((1 << bits) - 1) : overlap - overlap;
   }
 };
 
-// The scale after the first pass over y: final for `mean` and `warm_lloyd`, for the others what the second pass
-// assigns levels by. Where the scale before assigned no levels, a warm start has the papers' step instead.
+// The scale after the first pass over y: final for `mean` and `warm_lloyd`, for the others what the second
+// pass assigns levels by. Where the scale before assigned no levels, a warm start has the papers' step
+// instead.
 TORCHQAT_HD inline double scale_after_update(const StepSums& sums, Projection projection, int64_t bits) {
   switch (projection) {
     case Projection::warm_lloyd:

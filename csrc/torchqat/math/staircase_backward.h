@@ -32,31 +32,36 @@ TORCHQAT_HD T scaled(T grad, T slope) {
   return slope == T(0) ? T(0) : grad * slope;
 }
 
-// From the region alone, by table. T is the op-math type.
+// From the region alone: a slope for each. T is the op-math type.
 template <typename T>
 struct RegionBackward {
-  T slope[4];
-  T alpha_slope[4];
+  struct Slopes {
+    T below;
+    T inside;
+    T above;
+
+    TORCHQAT_HD T at(Region region) const {
+      const T below_or_inside = region == Region::below ? below : inside;
+      const T above_or_nan = region == Region::above ? above : std::numeric_limits<T>::quiet_NaN();
+      return region == Region::below || region == Region::inside ? below_or_inside : above_or_nan;
+    }
+  };
+  Slopes x;
+  Slopes alpha;
 
   TORCHQAT_HD StaircaseGrad<T> operator()(T grad, Region region) const {
-    const int i = static_cast<int>(region);
-    return {scaled(grad, slope[i]), scaled(grad, alpha_slope[i])};
+    return {scaled(grad, x.at(region)), scaled(grad, alpha.at(region))};
   }
 };
 
-// The table of one STE and one rule. Never asked for where the STE needs x.
+// The slopes of one STE and one rule. Never asked for where the STE needs x.
 template <typename T, typename Ste>
 RegionBackward<T> region_backward(const AlphaSlope& alpha) {
-  const T nan = std::numeric_limits<T>::quiet_NaN();
-  RegionBackward<T> table{{T(0), T(0), T(0), nan}, {T(0), T(0), T(0), nan}};
+  RegionBackward<T> slopes{{}, {T(0), T(alpha.inside), T(alpha.above)}};
   if constexpr (RegionSte<Ste>) {
-    for (const Region region : {Region::below, Region::inside, Region::above}) {
-      const int i = static_cast<int>(region);
-      table.slope[i] = Ste::passes(region) ? T(1) : T(0);
-      table.alpha_slope[i] = T(alpha.at(region));
-    }
+    slopes.x = {T(Ste::passes(Region::below)), T(Ste::passes(Region::inside)), T(Ste::passes(Region::above))};
   }
-  return table;
+  return slopes;
 }
 
 // From x, for the STEs and rules that no two bits can tell.

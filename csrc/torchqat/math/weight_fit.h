@@ -12,6 +12,15 @@ struct WeightFit {
   double energy = 0;   // <q, q>
   double overlap = 0;  // <|w|, q>
 
+  template <typename T>
+  TORCHQAT_HD void add(T w, T level) {
+    energy += static_cast<double>(level) * static_cast<double>(level);
+    overlap += static_cast<double>(w) * static_cast<double>(level);
+  }
+  TORCHQAT_HD WeightFit operator+(const WeightFit& other) const {
+    return {energy + other.energy, overlap + other.overlap};
+  }
+
   TORCHQAT_HD double scale() const { return energy > 0 ? overlap / energy : 0.0; }
   TORCHQAT_HD double score() const { return energy > 0 ? overlap / std::sqrt(energy) : 0.0; }
 };

@@ -1,0 +1,249 @@
+#pragma once
+
+#include <type_traits>
+
+#include "launch.cuh"
+#include "torchqat/math/channel_view.h"
+#include "torchqat/math/region_code.h"
+#include "torchqat/math/staircase_backward.h"
+
+// Kernels of staircase_relu and their launches, over raw pointers. Every tensor is dense and in the same memory order.
+// A thread takes the eight elements that share a region word; the launches decide the grid from shapes alone.
+namespace torchqat::cuda {
+
+constexpr int kGroup = math::kRegionsPerWord;
+
+// The step sizes of a tensor, read on the device.
+template <typename opmath_t>
+struct StepSizes {
+  const opmath_t* alpha;
+  math::ChannelView view;
+  int64_t bits;
+
+  __device__ math::Staircase<opmath_t> of_channel(int64_t channel) const { return {alpha[channel], bits}; }
+};
+
+// Steps through consecutive positions and knows the channel of each without a division for each.
+struct ChannelWalk {
+  math::ChannelView view;
+  int64_t channel;
+  int64_t left;  // elements of the current run, this one included
+
+  __device__ ChannelWalk(const math::ChannelView& v, int64_t position) : view(v), channel(v.channel_at(position)) {
+    left = view.inner - (view.channels == 1 ? position : position % view.inner);
+  }
+  __device__ void next() {
+    if (--left > 0) return;
+    left = view.inner;
+    channel = channel + 1 == view.channels ? 0 : channel + 1;
+  }
+};
+
+// Up to eight elements from position `begin` on; those past n are 0.
+template <typename T>
+__device__ __forceinline__ Pack<T, kGroup> load_group(const T* from, int64_t begin, int64_t n, bool packed) {
+  if (packed && begin + kGroup <= n) return load_pack<kGroup>(from + begin);
+  Pack<T, kGroup> group;
+  TORCHQAT_UNROLL
+  for (int i = 0; i < kGroup; ++i) group[i] = begin + i < n ? from[begin + i] : T(0);
+  return group;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_group(T* to, int64_t begin, int64_t n, bool packed, const Pack<T, kGroup>& group) {
+  if (packed && begin + kGroup <= n) return store_pack(to + begin, group);
+  TORCHQAT_UNROLL
+  for (int i = 0; i < kGroup; ++i) {
+    if (begin + i < n) to[begin + i] = group[i];
+  }
+}
+
+// y = the staircase of x, or its codes when out_t is uint8_t; and the regions where `regions` is not null.
+template <typename scalar_t, typename opmath_t, typename out_t>
+__global__ void __launch_bounds__(kThreads)
+    staircase_relu_kernel(const scalar_t* __restrict__ x, out_t* __restrict__ y, uint16_t* __restrict__ regions,
+                          StepSizes<opmath_t> steps, int64_t n, bool packed) {
+  for (int64_t g = grid_thread(); g < math::region_words(n); g += grid_threads()) {
+    const int64_t begin = g * kGroup;
+    const auto in = load_group(x, begin, n, packed);
+    Pack<out_t, kGroup> out;
+    uint16_t word = 0;
+    ChannelWalk at(steps.view, begin);
+    auto stair = steps.of_channel(at.channel);
+    TORCHQAT_UNROLL
+    for (int i = 0; i < kGroup; ++i) {
+      const auto v = static_cast<opmath_t>(in[i]);
+      if constexpr (std::is_same_v<out_t, uint8_t>) {
+        out[i] = stair.code(v);
+      } else {
+        out[i] = static_cast<out_t>(stair(v));
+      }
+      word |= begin + i < n ? math::region_bits(stair.region(v), i) : 0;
+      const int64_t channel = at.channel;
+      at.next();
+      if (at.channel != channel) stair = steps.of_channel(at.channel);
+    }
+    store_group(y, begin, n, packed, out);
+    if (regions != nullptr) regions[g] = word;
+  }
+}
+
+template <typename opmath_t, typename scalar_t, typename out_t>
+cudaError_t launch_staircase_relu(const scalar_t* x, out_t* y, uint16_t* regions, const StepSizes<opmath_t>& steps,
+                                  int64_t n, cudaStream_t stream) {
+  return launch(staircase_relu_kernel<scalar_t, opmath_t, out_t>, blocks_for(n, kGroup), stream, x, y, regions, steps,
+                n, pack_aligned<kGroup>(x, y));
+}
+
+// What backward keeps of the forward pass, element by element or in groups of eight: the regions, ...
+template <typename opmath_t>
+struct FromRegions {
+  const uint16_t* words;
+  math::RegionBackward<opmath_t> grads;
+
+  __device__ math::Region element(int64_t p) const { return math::region_at(words[p / kGroup], p % kGroup); }
+  __device__ uint16_t group(int64_t begin, int64_t, bool) const { return words[begin / kGroup]; }
+  static __device__ math::Region element(uint16_t word, int i) { return math::region_at(word, i); }
+  __device__ math::StaircaseGrad<opmath_t> operator()(opmath_t grad, math::Region region,
+                                                      const math::Staircase<opmath_t>&) const {
+    return grads(grad, region);
+  }
+};
+
+// ... or x itself.
+template <typename Ste, typename scalar_t, typename opmath_t>
+struct FromX {
+  const scalar_t* x;
+  math::ValueBackward<Ste, opmath_t> grads;
+
+  __device__ scalar_t element(int64_t p) const { return x[p]; }
+  __device__ Pack<scalar_t, kGroup> group(int64_t begin, int64_t n, bool packed) const {
+    return load_group(x, begin, n, packed);
+  }
+  static __device__ scalar_t element(const Pack<scalar_t, kGroup>& group, int i) { return group[i]; }
+  __device__ math::StaircaseGrad<opmath_t> operator()(opmath_t grad, scalar_t v,
+                                                      const math::Staircase<opmath_t>& stair) const {
+    return grads(grad, static_cast<opmath_t>(v), stair);
+  }
+};
+
+// Elements of one channel that a block takes, and rows where channels alternate element by element.
+constexpr int64_t kSlice = kThreads * kGroup * 8;
+constexpr int kColumns = 32;
+constexpr int kRows = kThreads / kColumns;
+constexpr int64_t kSliceRows = kRows * 32;
+
+// Whether the channels alternate from one element to the next, as in channels-last memory.
+inline bool is_columns(const math::ChannelView& view) { return view.channels > 1 && view.inner == 1; }
+
+// Partial sums of alpha's gradient for each channel.
+inline int64_t alpha_slices(const math::ChannelView& view, int64_t n) {
+  const int64_t slice = is_columns(view) ? kSliceRows : kSlice;
+  return (n / view.channels + slice - 1) / slice;
+}
+
+// Blocks of a channel each, in slices of its elements: grad_x, and one partial sum of alpha's gradient per block.
+// With `grouped`, eight elements that begin at a multiple of eight always belong to one channel.
+template <typename Kept, typename scalar_t, typename opmath_t>
+__global__ void __launch_bounds__(kThreads)
+    staircase_relu_backward_kernel(const scalar_t* __restrict__ grad, Kept kept, scalar_t* __restrict__ grad_x,
+                                   double* __restrict__ partial, StepSizes<opmath_t> steps, int64_t n, int64_t slices,
+                                   bool grouped, bool packed) {
+  const int64_t channel = blockIdx.x / slices;
+  const int64_t first = blockIdx.x % slices * kSlice;
+  const int64_t per_channel = n / steps.view.channels;
+  const int64_t last = first + kSlice < per_channel ? first + kSlice : per_channel;
+  const auto stair = steps.of_channel(channel);
+  opmath_t sum = 0;
+  for (int64_t j = first + int64_t{threadIdx.x} * kGroup; j < last; j += kThreads * kGroup) {
+    if (grouped) {
+      const int64_t begin = steps.view.position(channel, j);
+      const auto g = load_group(grad, begin, n, packed);
+      const auto group = kept.group(begin, n, packed);
+      Pack<scalar_t, kGroup> out;
+      TORCHQAT_UNROLL
+      for (int i = 0; i < kGroup; ++i) {
+        const auto d = kept(static_cast<opmath_t>(g[i]), Kept::element(group, i), stair);
+        out[i] = static_cast<scalar_t>(d.x);
+        sum += begin + i < n ? d.alpha : opmath_t(0);
+      }
+      store_group(grad_x, begin, n, packed, out);
+      continue;
+    }
+    for (int64_t e = j; e < last && e < j + kGroup; ++e) {
+      const int64_t p = steps.view.position(channel, e);
+      const auto d = kept(static_cast<opmath_t>(grad[p]), kept.element(p), stair);
+      grad_x[p] = static_cast<scalar_t>(d.x);
+      sum += d.alpha;
+    }
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) partial[blockIdx.x] = static_cast<double>(sum);
+}
+
+// The same where channels alternate element by element: a block takes 32 neighbouring channels of a slice of rows.
+template <typename Kept, typename scalar_t, typename opmath_t>
+__global__ void __launch_bounds__(kThreads)
+    staircase_relu_backward_columns_kernel(const scalar_t* __restrict__ grad, Kept kept, scalar_t* __restrict__ grad_x,
+                                           double* __restrict__ partial, StepSizes<opmath_t> steps, int64_t n,
+                                           int64_t slices) {
+  __shared__ opmath_t sums[kRows][kColumns];
+  const int column = threadIdx.x % kColumns;
+  const int row = threadIdx.x / kColumns;
+  const int64_t channels = steps.view.channels;
+  const int64_t channel = blockIdx.x / slices * kColumns + column;
+  const int64_t slice = blockIdx.x % slices;
+  const int64_t rows = n / channels;
+  const int64_t last = (slice + 1) * kSliceRows < rows ? (slice + 1) * kSliceRows : rows;
+  opmath_t sum = 0;
+  if (channel < channels) {
+    const auto stair = steps.of_channel(channel);
+    for (int64_t r = slice * kSliceRows + row; r < last; r += kRows) {
+      const int64_t p = r * channels + channel;
+      const auto d = kept(static_cast<opmath_t>(grad[p]), kept.element(p), stair);
+      grad_x[p] = static_cast<scalar_t>(d.x);
+      sum += d.alpha;
+    }
+  }
+  sums[row][column] = sum;
+  __syncthreads();
+  if (row == 0 && channel < channels) {
+    double total = 0;
+    for (int k = 0; k < kRows; ++k) total += static_cast<double>(sums[k][column]);
+    partial[channel * slices + slice] = total;
+  }
+}
+
+// A block adds the partial sums of one channel, in the order of their slots.
+template <typename sum_t>
+__global__ void __launch_bounds__(kThreads)
+    alpha_grad_kernel(const sum_t* __restrict__ partial, int64_t slices, sum_t* __restrict__ grad_alpha) {
+  const sum_t sum = sum_slots(partial + blockIdx.x * slices, slices);
+  if (threadIdx.x == 0) grad_alpha[blockIdx.x] = sum;
+}
+
+// grad_x and grad_alpha (one per channel). `partial` holds channels * alpha_slices doubles.
+template <typename opmath_t, typename Kept, typename scalar_t>
+cudaError_t launch_staircase_relu_backward(const scalar_t* grad, const Kept& kept, scalar_t* grad_x,
+                                           double* grad_alpha, double* partial, const StepSizes<opmath_t>& steps,
+                                           int64_t n, cudaStream_t stream) {
+  const auto& view = steps.view;
+  const int64_t slices = alpha_slices(view, n);
+  cudaError_t error = cudaSuccess;
+  if (is_columns(view)) {
+    const int64_t blocks = (view.channels + kColumns - 1) / kColumns * slices;
+    error = launch(staircase_relu_backward_columns_kernel<Kept, scalar_t, opmath_t>, static_cast<unsigned>(blocks),
+                   stream, grad, kept, grad_x, partial, steps, n, slices);
+  } else {
+    const bool grouped = view.channels == 1 || view.inner % kGroup == 0;
+    bool packed = pack_aligned<kGroup>(grad, grad_x);
+    if constexpr (requires { kept.x; }) packed = packed && pack_aligned<kGroup>(kept.x);
+    error = launch(staircase_relu_backward_kernel<Kept, scalar_t, opmath_t>,
+                   static_cast<unsigned>(view.channels * slices), stream, grad, kept, grad_x, partial, steps, n, slices,
+                   grouped, packed);
+  }
+  if (error != cudaSuccess) return error;
+  return launch(alpha_grad_kernel<double>, static_cast<unsigned>(view.channels), stream, partial, slices, grad_alpha);
+}
+
+}  // namespace torchqat::cuda

@@ -1,0 +1,82 @@
+"""What BCGD refuses: options out of range, parameters and checkpoints that do not fit."""
+
+from typing import Any
+
+from torch import Tensor
+
+Group = dict[str, Any]
+State = dict[str, Any]
+
+PROJECTION = ("quant_bits", "channel_dim", "method")
+
+
+def check_options(options: Group) -> None:
+    """Raises where an option is out of range; the rules of torch.optim.SGD."""
+    lr, momentum, weight_decay = options["lr"], options["momentum"], options["weight_decay"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"BCGD: a tensor as lr must have one element, got shape {tuple(lr.shape)}")
+    for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+        if not value >= 0.0:
+            raise ValueError(f"BCGD: {name} must be at least 0, got {value}")
+    if not 0.0 <= options["blend"] <= 1.0:
+        raise ValueError(f"BCGD: blend must be in 0..1, got {options['blend']}")
+    if options["nesterov"] and (momentum <= 0 or options["dampening"] != 0):
+        raise ValueError("BCGD: Nesterov momentum requires a momentum and zero dampening")
+
+
+def check_group(group: Group) -> None:
+    """Raises where a group asks for a quantization that there is not; quantize_weight checks the rest."""
+    bits = group["quant_bits"]
+    if bits is None:
+        return
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise TypeError(f"BCGD: quant_bits must be an int or None, got {bits!r}")
+    if not 1 <= bits <= 8:
+        raise ValueError(f"BCGD: quant_bits must be in 1..8, got {bits}")
+    if group["min_value"] is not None:
+        raise ValueError("BCGD: min_value is for groups without quant_bits")
+    for p in group["params"]:
+        if not p.is_floating_point():
+            raise TypeError(
+                f"BCGD: parameters of a group with quant_bits must be floating point, got {p.dtype}"
+            )
+    check_options(group)
+
+
+def refuse_sparse_gradients(params: list[Tensor]) -> None:
+    if any(p.grad.is_sparse for p in params):
+        raise RuntimeError("BCGD: gradients in a group with quant_bits must be dense, got a sparse one")
+
+
+def check_saved_groups(saved: list[Group], groups: list[Group]) -> None:
+    """Raises where the groups of a state_dict are not those of the optimizer."""
+    sizes, got = ([len(g["params"]) for g in x] for x in (groups, saved))
+    if sizes != got:
+        raise ValueError(
+            f"BCGD: the state_dict must have groups of {sizes} parameters, got {got}: another model's?"
+        )
+    for i, (group, other) in enumerate(zip(groups, saved, strict=True)):
+        ours, theirs = ({key: g.get(key) for key in PROJECTION} for g in (group, other))
+        if ours != theirs and (group["quant_bits"] is not None or other.get("quant_bits") is not None):
+            raise ValueError(f"BCGD: group {i} of the state_dict must be quantized as {ours}, got {theirs}")
+
+
+def check_saved_state(param: Tensor, saved: State, group: Group, number: int) -> None:
+    """Raises where a saved state is not that of a parameter like `param` in `group`."""
+    quantized = group["quant_bits"] is not None
+    for key in ("latent", "scale") if quantized else ():
+        if not isinstance(saved.get(key), Tensor):
+            raise ValueError(f"BCGD: the state_dict has no {key} for parameter {number}, which is quantized")
+    if quantized and ("momentum_buffer" in saved) != ("step" in saved):
+        raise ValueError(
+            f"BCGD: the state_dict has only one of momentum_buffer and step for parameter {number}"
+        )
+    full = tuple(param.shape)
+    channels = () if group["channel_dim"] is None else (full[group["channel_dim"]],)
+    for key, shape in (("latent", full), ("momentum_buffer", full), ("scale", channels), ("step", ())):
+        value = saved.get(key)
+        if isinstance(value, Tensor) and value.shape != shape:
+            raise ValueError(
+                f"BCGD: {key} of parameter {number} in the state_dict must have shape {shape}, "
+                f"got {tuple(value.shape)}: another model's?"
+            )

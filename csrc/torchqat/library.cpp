@@ -14,6 +14,12 @@ TORCH_LIBRARY(qat, m) {
   m.def("staircase_codes(Tensor x, Tensor alpha, int bits, *, int channel_dim=1) -> Tensor",
       tags);
   m.def("ste_names() -> str[]", torchqat::ste_names);
+  m.def(
+      "bcgd_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] latents, Tensor(c!)[] scales, "
+      "Tensor(d!)[] momentum_buffers, Tensor(e!)[] steps, *, Tensor lr, int bits, int? channel_dim=None, "
+      "str method='exact', float momentum=0.0, float dampening=0.0, float weight_decay=0.0, bool nesterov=False, "
+      "float blend=1e-5, bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
+      tags);
 
   m.def("_staircase_relu_forward(Tensor x, Tensor alpha, int bits, int channel_dim) -> (Tensor y, Tensor regions)", tags);
   m.def(

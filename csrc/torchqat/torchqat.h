@@ -1,4 +1,5 @@
 #pragma once
 
 // Everything a LibTorch program uses.
+#include "torchqat/ops/bcgd_step.h"
 #include "torchqat/ops/staircase_relu.h"

@@ -13,20 +13,23 @@
 
 namespace torchqat {
 
-// One step of blended coarse gradient descent (BCGD; Yin, Zhang, Lyu, Osher, Qi, Xin 2018) over lists of tensors, in
-// place. A parameter holds the quantised weight w, latents[i] the float weight y that is trained. For each i, with
-// g = grads[i] (its sign changed by `maximize`) divided by grad_scale:
-//   y <- (1 - blend) y + blend w;   d <- g + weight_decay y;   momentum, dampening and nesterov as torch.optim.SGD;
-//   y <- y - lr d;   scales[i], params[i] <- the projection of y to `bits` bits, as quantize_weight's `method` does it.
-// `exact` at three bits and more makes one Lloyd step from the scale that is there, so start from quantize_weight's.
-// scales[i]: 0-dim, or one per channel of `channel_dim`. momentum_buffers and steps (0-dim float32, the number of steps
-// taken) are empty lists without momentum. lr: 0-dim, on the CPU or on the parameters' device.
-// Where found_inf is not 0 nothing changes at all.
-TORCHQAT_API void bcgd_step_(at::TensorList params, at::TensorList grads, at::TensorList latents, at::TensorList scales,
-                             at::TensorList momentum_buffers, at::TensorList steps, const at::Tensor& lr, int64_t bits,
-                             std::optional<int64_t> channel_dim = std::nullopt, std::string_view method = "exact",
-                             double momentum = 0.0, double dampening = 0.0, double weight_decay = 0.0,
-                             bool nesterov = false, double blend = 1e-5, bool maximize = false,
+// One step of blended coarse gradient descent (BCGD; Yin, Zhang, Lyu, Osher, Qi, Xin 2018) over lists of
+// tensors, in place. A parameter holds the quantised weight w, latents[i] the float weight y that is trained.
+// For each i, with g = grads[i] (its sign changed by `maximize`) divided by grad_scale:
+//   y <- (1 - blend) y + blend w;   d <- g + weight_decay y;   momentum, dampening and nesterov as
+//   torch.optim.SGD; y <- y - lr d;   scales[i], params[i] <- the projection of y to `bits` bits, as
+//   quantize_weight's `method` does it.
+// `exact` at three bits and more makes one Lloyd step from the scale that is there, so start from
+// quantize_weight's. scales[i]: 0-dim, or one per channel of `channel_dim`. momentum_buffers and steps (0-dim
+// float32, the number of steps taken) are empty lists without momentum. lr: 0-dim, on the CPU or on the
+// parameters' device. Where found_inf is not 0 nothing changes at all.
+TORCHQAT_API void bcgd_step_(at::TensorList params, at::TensorList grads, at::TensorList latents,
+                             at::TensorList scales, at::TensorList momentum_buffers, at::TensorList steps,
+                             const at::Tensor& lr, int64_t bits,
+                             std::optional<int64_t> channel_dim = std::nullopt,
+                             std::string_view method = "exact", double momentum = 0.0, double dampening = 0.0,
+                             double weight_decay = 0.0, bool nesterov = false, double blend = 1e-5,
+                             bool maximize = false,
                              const std::optional<at::Tensor>& grad_scale = std::nullopt,
                              const std::optional<at::Tensor>& found_inf = std::nullopt);
 
@@ -45,32 +48,45 @@ struct BcgdStep {
   const std::optional<at::Tensor>& found_inf;
 };
 
+// Calls f(list, its name, whether the step writes it) for the lists of tensors.
+template <typename F>
+void for_each_list(const BcgdStep& s, F&& f) {
+  f(s.params, "params", true);
+  f(s.grads, "grads", false);
+  f(s.latents, "latents", true);
+  f(s.scales, "scales", true);
+  f(s.momentum_buffers, "momentum_buffers", true);
+  f(s.steps, "steps", true);
+}
+
 // Checks the arguments; every backend does it first, and it is all that the Meta kernel does.
 void check_bcgd_step(const BcgdStep& step);
 
-// What a dispatch key registers: a function of the named arguments under the operator's signature.
+// What a backend registers: the check, then `run`. Under the keys above the backends `run` calls the operator
+// again.
 template <void (*run)(const BcgdStep&)>
-void bcgd_step_kernel(at::TensorList params, at::TensorList grads, at::TensorList latents, at::TensorList scales,
-                      at::TensorList momentum_buffers, at::TensorList steps, const at::Tensor& lr, int64_t bits,
-                      std::optional<int64_t> channel_dim, std::string_view method, double momentum, double dampening,
-                      double weight_decay, bool nesterov, double blend, bool maximize,
-                      const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf) {
-  run({params, grads, latents, scales, momentum_buffers, steps, lr, bits, channel_dim, method, momentum, dampening,
-       weight_decay, nesterov, blend, maximize, grad_scale, found_inf});
+void bcgd_step_kernel(at::TensorList params, at::TensorList grads, at::TensorList latents,
+                      at::TensorList scales, at::TensorList momentum_buffers, at::TensorList steps,
+                      const at::Tensor& lr, int64_t bits, std::optional<int64_t> channel_dim,
+                      std::string_view method, double momentum, double dampening, double weight_decay,
+                      bool nesterov, double blend, bool maximize, const std::optional<at::Tensor>& grad_scale,
+                      const std::optional<at::Tensor>& found_inf) {
+  run({params, grads, latents, scales, momentum_buffers, steps, lr, bits, channel_dim, method, momentum,
+       dampening, weight_decay, nesterov, blend, maximize, grad_scale, found_inf});
 }
 
 // How the step finds its scale.
 math::Projection projection_of(std::string_view method, int64_t bits);
 
-// The tensors of one parameter as kernels take them: dense and in one memory order. `buffer` and `steps` are undefined
-// without momentum.
+// The tensors of one parameter as kernels take them: dense and in one memory order. `buffer` and `steps` are
+// undefined without momentum.
 struct BcgdItem {
   at::Tensor param, grad, latent, scale, buffer, steps;
   math::ChannelView view;
 };
 
-// The items of the parameters of one dtype. Tensors that are not dense, or not laid out like their parameter, are
-// replaced by copies, which write_back() copies to where they belong.
+// The items of the parameters of one dtype. Tensors that are not dense, or not laid out like their parameter,
+// are replaced by copies, which write_back() copies to where they belong.
 class BcgdItems {
  public:
   BcgdItems(const BcgdStep& step, at::ScalarType dtype);
@@ -99,9 +115,17 @@ void for_each_dtype(const BcgdStep& step, F&& f) {
 template <typename T>
 math::StepRule<T> step_rule(const BcgdStep& step) {
   const auto on_cpu = [](const at::Tensor& t) { return t.is_cpu() ? t.item<double>() : 1.0; };
+  const double lr = on_cpu(step.lr);
+  TORCH_CHECK_VALUE(lr >= 0, "bcgd_step_: lr must be at least 0, got ", lr);
   const double divisor = step.grad_scale ? on_cpu(*step.grad_scale) : 1.0;
-  return {T(on_cpu(step.lr)),   T(step.momentum), T(1.0 - step.dampening), T(step.weight_decay), T(1.0 - step.blend),
-          T(step.blend), T(step.maximize ? -divisor : divisor), step.nesterov};
+  return {T(lr),
+          T(step.momentum),
+          T(1.0 - step.dampening),
+          T(step.weight_decay),
+          T(1.0 - step.blend),
+          T(step.blend),
+          T(step.maximize ? -divisor : divisor),
+          step.nesterov};
 }
 
 }  // namespace torchqat

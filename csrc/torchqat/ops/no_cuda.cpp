@@ -1,5 +1,7 @@
 #include <torch/library.h>
 
+#include <string>
+
 // Compiled instead of cuda/ in a CPU-only build: says so when an operator gets a CUDA tensor.
 namespace torchqat {
 namespace {
@@ -8,13 +10,15 @@ namespace {
 constexpr const char* kOperators[] = {
     "staircase_relu",
     "staircase_codes",
+    "bcgd_step_",
     "_staircase_relu_forward",
     "_staircase_relu_backward",
 };
 
 void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack* /*stack*/) {
+  const std::string& name = op.schema().operator_name().name;
   TORCH_CHECK_NOT_IMPLEMENTED(
-      false, op.schema().operator_name().name,
+      false, name.substr(name.find("::") + 2),
       ": got a CUDA tensor, but this torchqat is a CPU-only build. Rebuild it where the CUDA compiler nvcc is "
       "installed (in its checkout: TORCHQAT_CUDA=on pip install --no-build-isolation .), or move the tensor to the CPU");
 }

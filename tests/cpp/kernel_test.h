@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -54,10 +55,9 @@ class Buffer {
   int64_t size() const { return n_; }
 
   std::vector<T> contents() {
-    for (size_t i = 0; i < shift_ * sizeof(T); ++i) {
-      if (bytes_[i] != poison_)
-        ADD_FAILURE() << "written to " << shift_ * sizeof(T) - i << " bytes before the buffer";
-    }
+    const auto is_poison = [&](uint8_t byte) { return byte == poison_; };
+    EXPECT_TRUE(std::all_of(bytes_.get(), bytes_.get() + shift_ * sizeof(T), is_poison))
+        << "something was written before the buffer";
     return std::vector<T>(data(), data() + n_);
   }
 
@@ -94,21 +94,26 @@ bool same_bits(const std::tuple<T...>& a, const std::tuple<T...>& b) {
 inline const emu::World kWorlds[] = {
     {0xFF, emu::Order::ascending}, {0x5B, emu::Order::descending}, {0x00, emu::Order::shuffled}};
 
+class InWorld {
+ public:
+  explicit InWorld(const emu::World& world) : before_(emu::world) { emu::world = world; }
+  ~InWorld() { emu::world = before_; }
+
+ private:
+  emu::World before_;
+};
+
 // Calls run(), which makes its buffers, launches and returns what came out (a vector, or a std::tuple of
 // them), in every world; a difference fails the test. Returns the first result.
 template <typename Run>
 auto in_every_world(Run run) {
-  const emu::World before = emu::world;
-  emu::world = kWorlds[0];
-  const auto first = run();
-  for (const emu::World& world : {kWorlds[1], kWorlds[2]}) {
-    emu::world = world;
-    EXPECT_TRUE(same_bits(first, run()))
-        << "depends on memory that nobody wrote, or on the order of threads or "
-           "blocks (poison "
-        << int{world.poison} << ")";
-  }
-  emu::world = before;
+  const auto run_in = [&](const emu::World& world) {
+    const InWorld inside(world);
+    return run();
+  };
+  const auto first = run_in(kWorlds[0]);
+  EXPECT_TRUE(same_bits(first, run_in(kWorlds[1])) && same_bits(first, run_in(kWorlds[2])))
+      << "the result depends on memory that nobody wrote, or on the order of threads or blocks";
   return first;
 }
 

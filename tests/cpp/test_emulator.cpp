@@ -1,10 +1,27 @@
+#include <gtest/gtest-spi.h>
+
+#include <bit>
 #include <numeric>
 
 #include "kernel_test.h"
 
-// The emulator itself: what is right runs right, and each kind of defect that it is there for is found.
-namespace torchqat::cuda::testing {
+// The emulator itself: what is right runs right, and each kind of defect that it is there to find is found.
+namespace torchqat::cuda {
+
+// In the namespace of the kernels, which is where the emulator keeps dynamic shared memory.
+__global__ void dynamic_kernel(int* out, int stored) {
+  extern __shared__ unsigned char dynamic_shared[];
+  int* ints = reinterpret_cast<int*>(dynamic_shared);
+  if (threadIdx.x < static_cast<unsigned>(stored)) ints[threadIdx.x] = static_cast<int>(threadIdx.x);
+  __syncthreads();
+  out[threadIdx.x] = ints[kThreads - 1 - threadIdx.x];
+}
+
+namespace testing {
 namespace {
+
+constexpr unsigned kAllLanes = 0xFFFFFFFF;
+const char* const kWorldsDiffer = "depends on memory that nobody wrote, or on the order";
 
 template <typename T>
 std::vector<T> ramp(int64_t n) {
@@ -13,7 +30,26 @@ std::vector<T> ramp(int64_t n) {
   return values;
 }
 
-// ---- what is right
+// Runs a kernel that takes one int* in blocks of kThreads, with n ints to write to.
+std::vector<int> ints_of(void (*kernel)(int*), int64_t n, dim3 blocks = 1) {
+  Buffer<int> out(n);
+  expect_success(launch(kernel, blocks, nullptr, out.data()));
+  return out.contents();
+}
+
+// What the emulator says about a kernel that it must refuse.
+std::string error_of(void (*kernel)(int*)) {
+  try {
+    ints_of(kernel, kThreads);
+  } catch (const emu::Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+#define EXPECT_SAYS(text, part) EXPECT_NE((text).find(part), std::string::npos) << (text)
+
+// ------------------------------------------------------------------------------------------- what is right
 
 __global__ void __launch_bounds__(kThreads)
     sum_kernel(const double* __restrict__ x, double* __restrict__ partial, double* __restrict__ sum,
@@ -43,5 +79,302 @@ TEST(Emulator, SumsWithATicketThatResetsItself) {
   }
 }
 
+__global__ void block_sum_kernel(const float* x, float* sum) {
+  const float total = block_sum(x[threadIdx.x]);
+  if (threadIdx.x == 0) *sum = total;
+}
+
+// The tree of a warp written the other way round: halves, recursively, of every second element.
+float tree(const float* x, int n, int stride) {
+  return n == 1 ? x[0] : tree(x, n / 2, 2 * stride) + tree(x + stride, n / 2, 2 * stride);
+}
+
+TEST(Emulator, AddsInTheOrderOfCub) {
+  std::vector<float> x(kThreads);
+  for (int i = 0; i < kThreads; ++i) x[i] = std::exp2(static_cast<float>(i * 37 % 41)) / 3;
+  float expected = tree(x.data(), 32, 1);
+  // Lane i takes on i + 1, then i + 2, ..: neighbours first.
+  const auto warp_sum = [&](const float* w) {
+    float s[32];
+    std::copy(w, w + 32, s);
+    for (int n = 16; n > 0; n /= 2) {
+      for (int i = 0; i < n; ++i) s[i] = s[2 * i] + s[2 * i + 1];
+    }
+    return s[0];
+  };
+  expected = warp_sum(x.data());
+  for (int warp = 1; warp < kThreads / 32; ++warp) expected += warp_sum(x.data() + warp * 32);
+  const auto sum = in_every_world([&] {
+    Buffer<float> in(x), sum(1);
+    expect_success(launch(block_sum_kernel, 1, nullptr, in.data(), sum.data()));
+    return sum.contents();
+  });
+  EXPECT_EQ(sum[0], expected);
+}
+
+__global__ void shuffle_kernel(int* out) {
+  const int i = threadIdx.x;
+  out[4 * i] = __shfl_down_sync(kAllLanes, i, 3);
+  out[4 * i + 1] = __shfl_up_sync(kAllLanes, i, 1, 8);
+  out[4 * i + 2] = __shfl_xor_sync(kAllLanes, i, 16);
+  out[4 * i + 3] = static_cast<int>(2 * __shfl_sync(kAllLanes, 1.5 * i, 5, 16));
+}
+
+TEST(Emulator, ShufflesWithinWarpsAndSegments) {
+  const auto out = in_every_world([] { return ints_of(shuffle_kernel, 4 * kThreads); });
+  for (int i = 0; i < kThreads; ++i) {
+    EXPECT_EQ(out[4 * i], i % 32 + 3 < 32 ? i + 3 : i);
+    EXPECT_EQ(out[4 * i + 1], i % 8 == 0 ? i : i - 1);
+    EXPECT_EQ(out[4 * i + 2], i ^ 16);
+    EXPECT_EQ(out[4 * i + 3], 3 * (i / 16 * 16 + 5));
+  }
+}
+
+__global__ void ballot_kernel(int* out) {
+  const int i = threadIdx.x;
+  const unsigned odd = 0xAAAAAAAA;
+  __syncwarp();
+  out[i] = __popc(__ballot_sync(kAllLanes, i % 3 == 0));
+  if (i % 2 == 1)
+    out[i] = __all_sync(odd, i % 2 == 1) && !__any_sync(odd, i % 2 == 0) && __ballot_sync(odd, 1) == odd;
+}
+
+TEST(Emulator, VotesAmongTheLanesOfTheMask) {
+  const auto out = in_every_world([] { return ints_of(ballot_kernel, kThreads); });
+  for (int i = 0; i < kThreads; ++i) {
+    int multiples = 0;
+    for (int j = i / 32 * 32; j < i / 32 * 32 + 32; ++j) multiples += j % 3 == 0;
+    EXPECT_EQ(out[i], i % 2 == 1 ? 1 : multiples) << i;
+  }
+}
+
+struct Large {
+  int values[8000];
+};
+__global__ void large_kernel(const __grid_constant__ Large large, int* out) {
+  out[grid_thread()] = large.values[grid_thread()];
+}
+
+TEST(Emulator, PassesLargeArguments) {
+  Large large;
+  std::iota(large.values, large.values + 8000, 0);
+  Buffer<int> out(7936);
+  expect_success(launch(large_kernel, 31, nullptr, large, out.data()));
+  EXPECT_EQ(out.contents(), std::vector<int>(large.values, large.values + 7936));
+}
+
+__global__ void index_kernel(int* out) {
+  const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  out[block * 24 + thread] = static_cast<int>(block * 24 + thread);
+}
+
+TEST(Emulator, NumbersThreadsAndBlocksInThreeDimensions) {
+  const auto out = in_every_world([] {
+    Buffer<int> out(24 * 30);
+    cudaLaunchConfig_t config{{5, 3, 2}, {2, 3, 4}, 0, nullptr, nullptr, 0};
+    emu::launches.clear();
+    expect_success(cudaLaunchKernelEx(&config, index_kernel, out.data()));
+    EXPECT_EQ(emu::launches.size(), 1U);
+    return out.contents();
+  });
+  for (int i = 0; i < 24 * 30; ++i) EXPECT_EQ(out[i], i);
+}
+
+std::vector<int> dynamic_ints(int bytes, int stored = kThreads) {
+  Buffer<int> out(kThreads);
+  cudaLaunchConfig_t config{1, kThreads, static_cast<size_t>(bytes), nullptr, nullptr, 0};
+  expect_success(cudaLaunchKernelEx(&config, dynamic_kernel, out.data(), stored));
+  return out.contents();
+}
+
+TEST(Emulator, HasDynamicSharedMemory) {
+  const auto out = in_every_world([] { return dynamic_ints(4 * kThreads); });
+  for (int i = 0; i < kThreads; ++i) EXPECT_EQ(out[i], kThreads - 1 - i);
+  EXPECT_DEATH(dynamic_ints(4 * kThreads - 4), "use-after-poison");
+  EXPECT_NONFATAL_FAILURE(in_every_world([] { return dynamic_ints(4 * kThreads, 9); }), kWorldsDiffer);
+}
+
+__global__ void atomic_kernel(int* out) {
+  const int i = threadIdx.x;
+  if (i == 0) out[0] = out[1] = out[2] = out[3] = 0;
+  __syncthreads();
+  atomicAdd(&out[0], i);
+  atomicMax(&out[1], i);
+  atomicMin(&out[2], -i);
+  atomicOr(&out[3], 1 << i % 16);
+}
+
+TEST(Emulator, HasIntegerAtomics) {
+  EXPECT_EQ(in_every_world([] { return ints_of(atomic_kernel, 4); }),
+            (std::vector<int>{kThreads * (kThreads - 1) / 2, kThreads - 1, 1 - kThreads, 0xFFFF}));
+}
+
+template <typename T>
+constexpr bool kHasAtomicAdd = requires(T* p) {
+  atomicAdd(p, T(1));
+};
+static_assert(kHasAtomicAdd<unsigned long long> && !kHasAtomicAdd<float> && !kHasAtomicAdd<double>,
+              "a sum of floats must not depend on the order of threads");
+
+TEST(Emulator, CountsBits) {
+  EXPECT_EQ(__clz(1), 31);
+  EXPECT_EQ(__clz(0), 32);
+  EXPECT_EQ(__ffs(8), 4);
+  EXPECT_EQ(__ffs(0), 0);
+  EXPECT_EQ(__brev(0x80000001), 0x80000001);
+  EXPECT_EQ(__brev(2), 0x40000000U);
+  EXPECT_EQ(__float_as_uint(1.0F), 0x3F800000U);
+}
+
+// --------------------------------------------------------------------------------------------- what is wrong
+
+__global__ void early_return_kernel(int* out) {
+  if (threadIdx.x >= 200) return;
+  __syncthreads();
+  out[threadIdx.x] = 1;
+}
+__global__ void two_barriers_kernel(int* out) {
+  if (threadIdx.x < 100) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+  out[threadIdx.x] = 1;
+}
+__global__ void barrier_in_loop_kernel(int* out) {
+  for (unsigned i = 0; i <= threadIdx.x / 128; ++i) __syncthreads();
+  out[threadIdx.x] = 1;
+}
+
+TEST(EmulatorFinds, DivergentBarriers) {
+  EXPECT_SAYS(error_of(early_return_kernel), "56 threads have returned");
+  EXPECT_SAYS(error_of(early_return_kernel), "200 threads wait for the block at ");
+  EXPECT_SAYS(error_of(two_barriers_kernel), "100 threads wait for the block at ");
+  EXPECT_SAYS(error_of(two_barriers_kernel), "156 threads wait for the block at ");
+  EXPECT_SAYS(error_of(barrier_in_loop_kernel), "128 threads have returned");
+  EXPECT_EQ(ints_of(atomic_kernel, 4)[1], kThreads - 1) << "a kernel after one that was stopped";
+}
+
+__global__ void lane_returned_kernel(int* out) {
+  if (threadIdx.x % 32 == 31) return;
+  out[threadIdx.x] = __shfl_down_sync(kAllLanes, 1, 1);
+}
+__global__ void lane_elsewhere_kernel(int* out) {
+  if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_down_sync(kAllLanes, 1, 1);
+  __syncthreads();
+}
+__global__ void caller_not_in_mask_kernel(int* out) { out[threadIdx.x] = __shfl_sync(0x7FFFFFFF, 1, 0); }
+__global__ void different_masks_kernel(int*) { __syncwarp(threadIdx.x % 32 < 16 ? kAllLanes : 0xFFFF0001); }
+__global__ void source_not_in_mask_kernel(int* out) {
+  if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_down_sync(0xFFFF, 1, 1);
+}
+__global__ void no_power_of_two_kernel(int* out) { out[threadIdx.x] = __shfl_xor_sync(kAllLanes, 1, 1, 12); }
+
+TEST(EmulatorFinds, WarpCallsWithoutTheirLanes) {
+  EXPECT_SAYS(error_of(lane_returned_kernel), "wait for their warp");
+  EXPECT_SAYS(error_of(lane_elsewhere_kernel), "128 threads wait for their warp");
+  EXPECT_SAYS(error_of(caller_not_in_mask_kernel), "leaves out its caller (thread 31 of block 0, 0, 0)");
+  EXPECT_SAYS(error_of(different_masks_kernel), "different masks");
+  EXPECT_SAYS(error_of(source_not_in_mask_kernel), "reads a lane outside of its mask (thread ");
+  EXPECT_SAYS(error_of(no_power_of_two_kernel), "no power of two");
+}
+
+__global__ void no_guard_kernel(int* out) { out[grid_thread()] = 1; }
+__global__ void shared_overrun_kernel(int* out) {
+  __shared__ int values[kThreads];
+  values[threadIdx.x + 1] = 1;
+  __syncthreads();
+  out[threadIdx.x] = values[threadIdx.x];
+}
+__global__ void misaligned_kernel(int* out) { store_pack(out, load_pack<4>(out + 4)); }
+
+TEST(EmulatorFinds, MemoryErrors) {
+  EXPECT_DEATH(ints_of(no_guard_kernel, kThreads + 1, 2), "heap-buffer-overflow");
+  EXPECT_DEATH(ints_of(shared_overrun_kernel, kThreads), "index 256 out of bounds");
+  EXPECT_DEATH(
+      {
+        Buffer<int> out(8, 1);
+        launch(misaligned_kernel, 1, nullptr, out.data());
+      },
+      "misaligned address");
+  Buffer<int> shifted(1, 1);
+  shifted.data()[-1] = 0;
+  EXPECT_NONFATAL_FAILURE(shifted.contents(), "before the buffer");
+}
+
+__global__ void unset_shared_kernel(int* out) {
+  __shared__ int sum;
+  atomicAdd(&sum, 1);
+  __syncthreads();
+  out[threadIdx.x] = sum;
+}
+template <typename T>
+__global__ void unset_in_template_kernel(T* out) {
+  __shared__ T values[kThreads];
+  if (threadIdx.x % 2 == 0) values[threadIdx.x] = 1;
+  __syncthreads();
+  out[threadIdx.x] = values[threadIdx.x];
+}
+__global__ void block_sum_everywhere_kernel(int* out) { out[threadIdx.x] = block_sum(1); }
+
+TEST(EmulatorFinds, UnsetMemory) {
+  for (const auto kernel :
+       {unset_shared_kernel, unset_in_template_kernel<int>, block_sum_everywhere_kernel}) {
+    EXPECT_NONFATAL_FAILURE(in_every_world([&] { return ints_of(kernel, kThreads); }), kWorldsDiffer);
+  }
+}
+
+TEST(EmulatorFinds, GridsThatAreTooSmall) {
+  EXPECT_NONFATAL_FAILURE(in_every_world([] { return ints_of(no_guard_kernel, 2 * kThreads, 1); }),
+                          kWorldsDiffer);
+  Buffer<int> out(1);
+  EXPECT_EQ(launch(no_guard_kernel, 0, nullptr, out.data()), cudaErrorInvalidConfiguration);
+  EXPECT_EQ(launch(no_guard_kernel, dim3(1, 65536), nullptr, out.data()), cudaErrorInvalidConfiguration);
+  cudaLaunchConfig_t config{1, 1025, 0, nullptr, nullptr, 0};
+  EXPECT_EQ(cudaLaunchKernelEx(&config, no_guard_kernel, out.data()), cudaErrorInvalidConfiguration);
+}
+
+template <int kShift>
+__global__ void no_barrier_kernel(int* out) {
+  __shared__ int values[kThreads];
+  values[threadIdx.x] = static_cast<int>(threadIdx.x);
+  out[threadIdx.x] = values[(threadIdx.x + kShift) % kThreads];
+}
+__global__ void barrier_before_write_missing_kernel(int* out) {
+  __shared__ int value;
+  int sum = 0;
+  for (unsigned i = 0; i < kThreads; ++i) {
+    if (threadIdx.x == i) value = static_cast<int>(i);
+    __syncthreads();
+    sum += value;
+  }
+  out[threadIdx.x] = sum;
+}
+__global__ void scratch_used_twice_kernel(int* out) {
+  using Reduce = cub::BlockReduce<int, kThreads>;
+  __shared__ typename Reduce::TempStorage scratch;
+  const int first = Reduce(scratch).Sum(1);
+  const int second = Reduce(scratch).Sum(2);
+  if (threadIdx.x == 0) out[0] = first, out[1] = second;
+}
+
+TEST(EmulatorFinds, MissingBarriers) {
+  for (const auto kernel : {no_barrier_kernel<1>, no_barrier_kernel<kThreads - 1>, no_barrier_kernel<128>,
+                            barrier_before_write_missing_kernel}) {
+    EXPECT_NONFATAL_FAILURE(in_every_world([&] { return ints_of(kernel, kThreads); }), kWorldsDiffer);
+  }
+  EXPECT_NONFATAL_FAILURE(in_every_world([] { return ints_of(scratch_used_twice_kernel, 2); }),
+                          kWorldsDiffer);
+}
+
+__global__ void last_block_wins_kernel(int* out) { *out = static_cast<int>(blockIdx.x); }
+
+TEST(EmulatorFinds, DependenceOnTheOrderOfBlocks) {
+  EXPECT_NONFATAL_FAILURE(in_every_world([] { return ints_of(last_block_wins_kernel, 1, 5); }),
+                          kWorldsDiffer);
+}
+
 }  // namespace
-}  // namespace torchqat::cuda::testing
+}  // namespace testing
+}  // namespace torchqat::cuda

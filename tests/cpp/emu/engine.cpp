@@ -4,7 +4,6 @@
 #include <sanitizer/asan_interface.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -85,7 +84,13 @@ void poison_shared(size_t dynamic_size) {
   ASAN_POISON_MEMORY_REGION(dynamic_shared + dynamic_size, sizeof(dynamic_shared) - dynamic_size);
 }
 
-void run_thread(void*) { (*body)(); }
+void run_thread(void*) {
+  try {
+    (*body)();
+  } catch (const Error& error) {
+    failure = error.what();
+  }
+}
 
 // Opens a barrier at which every thread of the block waits. Threads that have returned do not count as
 // arrived.
@@ -110,9 +115,10 @@ void complete_warp_call() {
   for (unsigned lane = 0; lane < kWarpSize; ++lane) {
     if (!(mine.mask >> lane & 1)) continue;
     const Thread* other = lane_of(running, lane);
-    if (other == nullptr || other->fiber.finished()) fail("a warp call names a lane that is not there");
+    if (other == nullptr || other->fiber.finished())
+      fail("a warp call names a lane that is not there", mine.site);
     if (other->state != State::at_warp_call || !same(other->call.site, mine.site)) return;
-    if (other->call.mask != mine.mask) fail("lanes of one warp call give different masks");
+    if (other->call.mask != mine.mask) fail("lanes of one warp call give different masks", mine.site);
     ballot |= uint64_t{other->call.value != 0} << lane;
   }
   for (unsigned lane = 0; lane < kWarpSize; ++lane) {
@@ -120,7 +126,8 @@ void complete_warp_call() {
     Thread* other = lane_of(running, lane);
     if (other->call.kind == WarpCall::Kind::ballot) other->call.result = ballot;
     if (other->call.kind == WarpCall::Kind::shuffle) {
-      if (!(mine.mask >> other->call.source & 1)) fail("a shuffle reads a lane outside of its mask");
+      if (!(mine.mask >> other->call.source & 1))
+        fail("a shuffle reads a lane outside of its mask", mine.site);
       other->call.result = lane_of(running, other->call.source)->call.value;
     }
     other->state = State::ready;
@@ -210,20 +217,18 @@ void block_barrier(Site site) {
 uint64_t warp_call(const WarpCall& call) {
   running->call = call;
   if (!(call.mask >> (linear_thread() % kWarpSize) & 1))
-    fail("the mask of a warp call leaves out its caller");
+    fail("the mask of a warp call leaves out its caller", call.site);
   running->state = State::at_warp_call;
   complete_warp_call();
   if (running->state != State::ready) running->fiber.pause();
   return running->call.result;
 }
 
-void fail(const std::string& what) {
+void fail(const std::string& what, const Site& site) {
   std::ostringstream out;
-  out << what << " (thread " << linear_thread() << " of block " << blockIdx.x << ", " << blockIdx.y << ", "
-      << blockIdx.z << ", waiting at " << text(running->call.site) << ")";
-  failure = out.str();
-  running->fiber.pause();
-  std::abort();  // a fiber that failed is never resumed
+  out << text(site) << ": " << what << " (thread " << linear_thread() << " of block " << blockIdx.x << ", "
+      << blockIdx.y << ", " << blockIdx.z << ")";
+  throw Error(out.str());
 }
 
 unsigned linear_thread() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }

@@ -5,6 +5,7 @@
 #include <functional>
 #include <source_location>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "vector_types.h"
@@ -55,8 +56,8 @@ struct WarpCall {
 };
 uint64_t warp_call(const WarpCall& call);
 
-// Ends the run of the grid with an Error that names the thread.
-[[noreturn]] void fail(const std::string& what);
+// Ends the run of the grid with an Error that names the place and the thread.
+[[noreturn]] void fail(const std::string& what, const Site& site);
 
 unsigned linear_thread();  // within the block
 unsigned block_size();

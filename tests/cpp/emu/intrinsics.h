@@ -53,9 +53,9 @@ T shuffle(unsigned mask, T value, int source, bool stays, Site site) {
 }
 
 inline int lane() { return static_cast<int>(linear_thread() % kWarpSize); }
-inline int segment(int width) {
+inline int segment(int width, const Site& site) {
   if (width < 1 || width > 32 || (width & (width - 1)) != 0)
-    fail("the width of a shuffle is no power of two");
+    fail("the width of a shuffle is no power of two", site);
   return lane() / width * width;
 }
 
@@ -63,24 +63,24 @@ inline int segment(int width) {
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, emu::Site site = emu::Site::current()) {
-  return emu::shuffle(mask, value, emu::segment(width) + (source & (width - 1)), false, site);
+  return emu::shuffle(mask, value, emu::segment(width, site) + (source & (width - 1)), false, site);
 }
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
                    emu::Site site = emu::Site::current()) {
   const int source = emu::lane() + static_cast<int>(delta);
-  return emu::shuffle(mask, value, source, source >= emu::segment(width) + width, site);
+  return emu::shuffle(mask, value, source, source >= emu::segment(width, site) + width, site);
 }
 template <typename T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
                  emu::Site site = emu::Site::current()) {
   const int source = emu::lane() - static_cast<int>(delta);
-  return emu::shuffle(mask, value, source, source < emu::segment(width), site);
+  return emu::shuffle(mask, value, source, source < emu::segment(width, site), site);
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, emu::Site site = emu::Site::current()) {
   const int source = emu::lane() ^ bits;
-  return emu::shuffle(mask, value, source, source >= emu::segment(width) + width, site);
+  return emu::shuffle(mask, value, source, source >= emu::segment(width, site) + width, site);
 }
 
 // Atomics on integers alone: their result does not depend on the order. There are none on floating point.

@@ -26,7 +26,7 @@ class BlockReduce {
   template <typename Op>
   T Reduce(T input, Op op, emu::Site site = emu::Site::current()) {
     if (emu::block_size() != kBlockDim || blockDim.x != kBlockDim)
-      emu::fail("BlockReduce of another block size");
+      emu::fail("BlockReduce of another block size", site);
     std::memcpy(&values_[threadIdx.x], &input, sizeof(T));
     __syncthreads(site);
     T result;

@@ -17,7 +17,6 @@ function(_torchqat_find_nvcc out)
   endif()
   string(REGEX MATCH "^[0-9]+" major "${TORCHQAT_TORCH_CUDA}")
   find_program(TORCHQAT_NVCC nvcc NO_CACHE
-    HINTS ENV CUDACXX
     PATHS /usr/local/cuda/bin "${TORCHQAT_TORCH_DIR}/../nvidia/cu${major}/bin")
   if(DEFINED ENV{CUDACXX})
     set(TORCHQAT_NVCC "$ENV{CUDACXX}")
@@ -44,7 +43,10 @@ function(_torchqat_decide_cuda out)
     return()
   endif()
   _torchqat_find_nvcc(nvcc)
-  if(NOT nvcc)
+  if(nvcc AND NOT EXISTS "${nvcc}")
+    _torchqat_no_cuda("the nvcc that was named, ${nvcc}, is not there.")
+    return()
+  elseif(NOT nvcc)
     _torchqat_no_cuda("no nvcc was found. Install the CUDA toolkit ${TORCHQAT_TORCH_CUDA}, or its compiler from PyPI \
 (pip install 'cuda-toolkit[nvcc,cccl]==${TORCHQAT_TORCH_CUDA}.*'), or name one with CUDACXX=<path of nvcc>.")
     return()
@@ -65,9 +67,13 @@ macro(torchqat_find_cuda)
   _torchqat_decide_cuda(_torchqat_nvcc)
   if(_torchqat_nvcc)
     set(CMAKE_CUDA_COMPILER "${_torchqat_nvcc}")
+    set(CMAKE_CUDA_EXTENSIONS OFF)
     set(CMAKE_CUDA_ARCHITECTURES "${TORCHQAT_CUDA_ARCHITECTURES}")
     set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)  # torch's own; a second runtime would not know torch's streams.
     enable_language(CUDA)
+    if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
+      set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")  # CMake before 3.26 does not know that nvcc can.
+    endif()
     find_package(CUDAToolkit REQUIRED)
     set(TORCHQAT_WITH_CUDA ON)
     message(STATUS "torchqat: CUDA kernels for ${CMAKE_CUDA_ARCHITECTURES} by ${CMAKE_CUDA_COMPILER} "
@@ -75,9 +81,20 @@ macro(torchqat_find_cuda)
   endif()
 endmacro()
 
-# The language level is an option of ours, because CMake 3.25.1 (Debian 12) does not know that nvcc can do C++20.
+# Keeps what ptxas says of each kernel and prints it as a table when the library is linked.
+function(_torchqat_report_resources target)
+  find_package(Python QUIET COMPONENTS Interpreter)
+  if(Python_EXECUTABLE)
+    set(script ${Python_EXECUTABLE} ${PROJECT_SOURCE_DIR}/scripts/kernel_resources.py)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--resource-usage>)
+    set_target_properties(${target} PROPERTIES CUDA_COMPILER_LAUNCHER "${script};record;${CMAKE_CUDA_COMPILER_LAUNCHER}")
+    add_custom_command(TARGET ${target} POST_BUILD COMMAND ${script} report ${PROJECT_BINARY_DIR} VERBATIM)
+  endif()
+endfunction()
+
 function(torchqat_add_cuda target)
   target_link_libraries(${target} PRIVATE torchqat_torch::torch_cuda CUDA::cudart)
   target_compile_options(${target} PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20;--expt-relaxed-constexpr;--extended-lambda;-lineinfo;-Xcompiler=-Wall,-Wextra>)
+    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;--extended-lambda;-lineinfo;-Xcompiler=-Wall,-Wextra>)
+  _torchqat_report_resources(${target})
 endfunction()

@@ -21,8 +21,9 @@ def build_info() -> dict[str, Any]:
     """What this torchqat was built from.
 
     Returns:
-        dict: ``torchqat``, ``torch`` and ``compiler`` (versions), ``cuda`` (version of the CUDA toolkit, ``None`` for
-        a CPU-only build), ``cuda_architectures`` (list of names), ``library`` (path of the shared library).
+        dict: ``torchqat``, ``torch`` and ``compiler`` (versions), ``cuda`` (version of the CUDA toolkit,
+        ``None`` for a CPU-only build), ``cuda_architectures`` (list of names), ``library`` (path of
+        the shared library).
 
     Example:
         >>> import torchqat

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-_REBUILD = "Rebuild torchqat against the torch that is installed (in its checkout: pip install --no-build-isolation .)"
+_REBUILD = "Rebuild torchqat against the installed torch (pip install --no-build-isolation <its checkout>)"
 
 
 def _find() -> Path:
@@ -37,14 +37,14 @@ def check_torch(built: dict[str, Any], torch_version: str, torch_cuda: str | Non
     """Raises a readable ImportError where the dynamic linker would speak of undefined symbols."""
     if _minor(built["torch"]) != _minor(torch_version):
         raise ImportError(
-            f"torchqat {built['torchqat']} was built against torch {built['torch']}, but torch {torch_version} is "
-            f"installed. {_REBUILD}, or install torch {'.'.join(_minor(built['torch']))}."
+            f"torchqat {built['torchqat']} was built against torch {built['torch']}, but torch "
+            f"{torch_version} is installed. {_REBUILD}, or install torch {'.'.join(_minor(built['torch']))}."
         )
     if built["cuda"] and (not torch_cuda or built["cuda"].split(".")[0] != torch_cuda.split(".")[0]):
         runs_on = f"for CUDA {torch_cuda}" if torch_cuda else "a CPU-only build"
         raise ImportError(
-            f"torchqat {built['torchqat']} was built with CUDA {built['cuda']} against torch {built['torch']}, but the "
-            f"installed torch {torch_version} is {runs_on}. {_REBUILD}."
+            f"torchqat {built['torchqat']} was built with CUDA {built['cuda']} against torch "
+            f"{built['torch']}, but the installed torch {torch_version} is {runs_on}. {_REBUILD}."
         )
 
 

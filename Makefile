@@ -1,0 +1,29 @@
+# Everything happens in .venv and build/ of this checkout; each target can be run again and does what is left to do.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench format build clean
+
+PYTHON_IN_VENV := .venv/bin/python
+DEMO := examples/train_classifier.py --dataset digits --weight-bits 1 --act-bits 2 --out runs/demo
+
+help:  ## say what there is to make
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+
+demo: build  ## set up, build, train a network with 1-bit weights and 2-bit activations
+	$(PYTHON_IN_VENV) $(DEMO)
+
+test:  ## set up, build, run all tests: Python, C++, emulated kernels
+	@scripts/build.sh --tests
+	@scripts/test.sh
+
+bench: build  ## set up, build, run the benchmarks (ARGS="case --quick" and so on)
+	$(PYTHON_IN_VENV) benchmarks/run.py $(ARGS)
+
+format: build  ## format and lint Python, C++ and CUDA
+	@scripts/format.sh
+
+build:  ## set up the virtual environment and build the library
+	@scripts/build.sh
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build build-* dist python/torchqat/lib python/torchqat/include

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Formats and lints: ruff for Python, clang-format for C++ and CUDA, in the versions of constraints.txt.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/steps.sh
+export PATH="$PWD/.venv/bin:$PATH"
+
+mapfile -t cpp_files < <(git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
+
+step "ruff format" ruff format .
+step "ruff check" ruff check --fix .
+step "clang-format" clang-format -i --style=file "${cpp_files[@]}"

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "bcgd_step_",
     "staircase_codes",
     "staircase_relu",
     "ste_names",
@@ -126,3 +127,108 @@ def ste_names() -> list[str]:
         ['identity', 'relu', 'clipped_relu', 'log_tailed_relu', 'reverse_exponential']
     """
     return torch.ops.qat.ste_names()
+
+
+def bcgd_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    latents: list[Tensor],
+    scales: list[Tensor],
+    momentum_buffers: list[Tensor],
+    steps: list[Tensor],
+    *,
+    lr: Tensor,
+    bits: int,
+    channel_dim: int | None = None,
+    method: str = "exact",
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    blend: float = 1e-5,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    r"""One step of blended coarse gradient descent (BCGD) over lists of tensors, in place.
+
+    A parameter holds the quantised weight :math:`w`, its latent the float weight :math:`y` that is trained. With the
+    gradient :math:`g` (negated by ``maximize``, divided by ``grad_scale``):
+
+    .. math::
+        y &\leftarrow (1 - \rho) y + \rho w \
+        d &\leftarrow g + \lambda y \
+        m &\leftarrow \mu m + (1 - \tau) d \quad (m \leftarrow d \text{ on the first step}) \
+        y &\leftarrow y - \eta m \quad (y - \eta (d + \mu m) \text{ with nesterov}) \
+        w &\leftarrow \mathrm{Proj}(y)
+
+    with blend :math:`\rho`, weight decay :math:`\lambda`, momentum :math:`\mu`, dampening :math:`\tau`, rate
+    :math:`\eta`. All but the blend and the projection is ``torch.optim.SGD``. Most programs want
+    :class:`torchqat.optim.BCGD`, which keeps the lists.
+
+    The projection is that of ``quantize_weight``, with one difference: ``exact`` at three bits and more tries the
+    scale before the step and step sizes 1/32 and 1/8 to either side, and refits the best of the five to the levels it
+    assigns. Started from the exact scale, the error stays close to that of the exact projection (a test states how
+    close). At one and two bits ``exact`` is the optimum at each step.
+
+    Args:
+        params: the quantised weights; float64, float32, bfloat16 or float16, in any mixture, on one device.
+        grads: their gradients, in the parameters' dtypes.
+        latents: the float weights; float64 for float64 parameters, else float32, and so are all that follow but
+            ``steps``.
+        scales: the scales of the weights, 0-dim, or one for each channel of ``channel_dim``.
+        momentum_buffers: as the parameters in shape; an empty list when ``momentum`` is 0.
+        steps: the number of steps each parameter has made, 0-dim float32; an empty list when ``momentum`` is 0.
+        lr: learning rate, one element, on the CPU or on the parameters' device.
+        bits: width of the weights, 1 to 8; 2 is ternary.
+        channel_dim: the dimension along which ``scales`` lie; ``None`` for one scale per tensor.
+        method: ``exact``, ``lloyd`` or ``twn`` (ternary only).
+        momentum: momentum factor.
+        dampening: dampening of the momentum, from the second step on.
+        weight_decay: weight decay, which acts on the blended latent.
+        nesterov: Nesterov momentum; needs a momentum and no dampening.
+        blend: how far the latent is drawn to the quantised weight, 0 to 1.
+        maximize: ascend instead of descend.
+        grad_scale: factor that the gradients were multiplied by, one element on the parameters' device.
+        found_inf: one element on the parameters' device; unless it is 0, nothing changes at all.
+
+    Nothing is read back from a device, so a step can be captured in a CUDA graph. Sums are added in an order that the
+    shapes fix: a step repeats bit for bit. A scale whose latents are not all finite becomes NaN, and so do its weights.
+
+    Raises:
+        TypeError: a tensor of another dtype than named above, or not dense.
+        ValueError: lists of different lengths, shapes that do not belong together, more than one device, a tensor
+            that is there twice or overlaps itself, a number out of range, or a parameter that requires grad while
+            grad mode is on (call it under :class:`torch.no_grad`).
+
+    Example:
+        >>> y = torch.tensor([0.5, -1.0, 0.25, 2.0])
+        >>> w, scale = y.sign() * 0.9375, torch.tensor(0.9375)
+        >>> grad = torch.tensor([0.0, 0.0, 5.0, 0.0])
+        >>> bcgd_step_([w], [grad], [y], [scale], [], [], lr=torch.tensor(0.1), bits=1, blend=0.0)
+        >>> w, scale
+        (tensor([ 0.9375, -0.9375, -0.9375,  0.9375]), tensor(0.9375))
+
+    Source: Yin, Zhang, Lyu, Osher, Qi, Xin, "Blended coarse gradient descent for full quantization of deep neural
+    networks" (2019), algorithm 1.
+    """
+    torch.ops.qat.bcgd_step_(
+        params,
+        grads,
+        latents,
+        scales,
+        momentum_buffers,
+        steps,
+        lr=lr,
+        bits=bits,
+        channel_dim=channel_dim,
+        method=method,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        blend=blend,
+        maximize=maximize,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+    )

@@ -32,6 +32,11 @@ void autograd(const BcgdStep& s) {
   call(s);
 }
 
+void refuse_vmap(const BcgdStep&) {
+  TORCH_CHECK_VALUE(false, "bcgd_step_: works in place on lists of tensors and cannot be batched; ",
+                    "call it outside torch.vmap");
+}
+
 void bump_versions(const BcgdStep& s) {
   {
     at::AutoDispatchBelowADInplaceOrView below;
@@ -94,6 +99,7 @@ void bcgd_step_(at::TensorList params, at::TensorList grads, at::TensorList late
 
 TORCH_LIBRARY_IMPL(qat, Autograd, m) { m.impl("bcgd_step_", bcgd_step_kernel<autograd>); }
 TORCH_LIBRARY_IMPL(qat, ADInplaceOrView, m) { m.impl("bcgd_step_", bcgd_step_kernel<bump_versions>); }
+TORCH_LIBRARY_IMPL(qat, FuncTorchBatched, m) { m.impl("bcgd_step_", bcgd_step_kernel<refuse_vmap>); }
 TORCH_LIBRARY_IMPL(qat, Meta, m) { m.impl("bcgd_step_", bcgd_step_kernel<check_bcgd_step>); }
 
 }  // namespace torchqat

@@ -73,9 +73,9 @@ void with_kept(const at::Tensor& kept, std::string_view ste, const math::AlphaSl
 }
 
 std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& saved, const at::Tensor& alpha,
-                                            c10::SymIntArrayRef stride, int64_t bits, std::string_view ste,
-                                            std::string_view alpha_grad, int64_t channel_dim) {
-  auto result = staircase_relu_backward_meta(grad, saved, alpha, stride, bits, ste, alpha_grad, channel_dim);
+                                            c10::SymIntArrayRef size, c10::SymIntArrayRef stride, int64_t bits,
+                                            std::string_view ste, std::string_view alpha_grad, int64_t channel_dim) {
+  auto result = staircase_relu_backward_meta(grad, saved, alpha, size, stride, bits, ste, alpha_grad, channel_dim);
   const auto& [grad_x, grad_alpha] = result;
   const c10::cuda::CUDAGuard device(grad.device());
   const int64_t n = grad.numel();

@@ -158,10 +158,10 @@ void backward_loop(const scalar_t* grad, scalar_t* grad_x, const at::Tensor& gra
 }
 
 std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& saved, const at::Tensor& alpha,
-                                            c10::SymIntArrayRef stride, int64_t bits, std::string_view ste,
-                                            std::string_view alpha_grad, int64_t channel_dim) {
+                                            c10::SymIntArrayRef size, c10::SymIntArrayRef stride, int64_t bits,
+                                            std::string_view ste, std::string_view alpha_grad, int64_t channel_dim) {
   auto [grad_x, grad_alpha] =
-      staircase_relu_backward_meta(grad, saved, alpha, stride, bits, ste, alpha_grad, channel_dim);
+      staircase_relu_backward_meta(grad, saved, alpha, size, stride, bits, ste, alpha_grad, channel_dim);
   const auto upstream = laid_out_as(grad, grad_x);
   const auto view = channel_view(grad_x, alpha_channel_dim(grad, alpha, channel_dim));
   const bool from_regions = saved.scalar_type() == at::kByte;

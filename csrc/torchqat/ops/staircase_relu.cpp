@@ -63,7 +63,7 @@ struct StaircaseReluBackward : torch::autograd::Node {
     torch::autograd::variable_list result(2);
     if (!grads[0].defined()) return result;
     auto [grad_x, grad_alpha] =
-        backward_op().call(grads[0], saved.unpack(), alpha.unpack(), stride, bits, ste, alpha_grad, channel_dim);
+        backward_op().call(grads[0], saved.unpack(), alpha.unpack(), size, stride, bits, ste, alpha_grad, channel_dim);
     if (task_should_compute_output(0)) result[0] = std::move(grad_x);
     if (task_should_compute_output(1)) result[1] = std::move(grad_alpha);
     return result;
@@ -76,6 +76,7 @@ struct StaircaseReluBackward : torch::autograd::Node {
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(saved, /*is_output=*/false);
     args.collect(alpha, /*is_output=*/false);
+    args.collect(size);
     args.collect(stride);
     args.collect(bits);
     args.collect(ste);
@@ -86,16 +87,19 @@ struct StaircaseReluBackward : torch::autograd::Node {
                                                   torch::dynamo::autograd::SwapSavedVariables& swap) override {
     swap.before(saved);
     swap.before(alpha);
+    swap.before(size);
     swap.before(stride);
     auto result = apply(torch::autograd::variable_list(grads));
     swap.after(saved);
     swap.after(alpha);
+    swap.after(size);
     swap.after(stride);
     return result;
   }
 
   torch::autograd::SavedVariable saved;  // the packed regions, or x
   torch::autograd::SavedVariable alpha;
+  std::vector<c10::SymInt> size;  // of y, and its strides: how the regions are ordered
   std::vector<c10::SymInt> stride;
   int64_t bits = 0;
   std::string ste;
@@ -125,6 +129,7 @@ at::Tensor staircase_relu_autograd(const at::Tensor& x, const at::Tensor& alpha,
   node->set_next_edges(torch::autograd::collect_next_edges(x, alpha));
   node->saved = torch::autograd::SavedVariable(from_x ? x : regions, /*is_output=*/false);
   node->alpha = torch::autograd::SavedVariable(alpha, /*is_output=*/false);
+  node->size = y.sym_sizes().vec();
   node->stride = y.sym_strides().vec();
   node->bits = bits;
   node->ste = ste;
@@ -160,13 +165,15 @@ std::tuple<at::Tensor, at::Tensor> staircase_relu_forward_meta(const at::Tensor&
   return {at::empty_like(x), at::empty_symint({bytes}, x.options().dtype(at::kByte))};
 }
 
+// The result's shape is stated rather than read off grad, whose shape compiled autograd does not know while it traces.
 std::tuple<at::Tensor, at::Tensor> staircase_relu_backward_meta(const at::Tensor& grad, const at::Tensor& saved,
-                                                                const at::Tensor& alpha, c10::SymIntArrayRef stride,
-                                                                int64_t, std::string_view, std::string_view, int64_t) {
+                                                                const at::Tensor& alpha, c10::SymIntArrayRef size,
+                                                                c10::SymIntArrayRef stride, int64_t, std::string_view,
+                                                                std::string_view, int64_t) {
   TORCH_CHECK_VALUE(saved.device() == grad.device() && alpha.device() == grad.device(),
                     "_staircase_relu_backward: grad, saved and alpha must be on one device, got ", grad.device(), ", ",
                     saved.device(), " and ", alpha.device());
-  return {at::empty_strided_symint(grad.sym_sizes(), stride, grad.options()), at::empty_like(alpha)};
+  return {at::empty_strided_symint(size, stride, grad.options()), at::empty_like(alpha)};
 }
 
 at::Tensor staircase_relu(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, std::string_view ste,

@@ -33,13 +33,14 @@ at::Tensor staircase_codes_meta(const at::Tensor& x, const at::Tensor& alpha, in
 
 // The private halves of the differentiable operator. Forward also returns the packed regions (math/region_code.h) of
 // y's elements in memory order; backward takes them, or x where the STE or the rule needs it, and returns the
-// gradients of x and alpha. `stride` is y's, which is how the regions are ordered.
+// gradients of x and alpha. `size` and `stride` are y's: they say how the regions are ordered.
 std::tuple<at::Tensor, at::Tensor> staircase_relu_forward_meta(const at::Tensor& x, const at::Tensor& alpha,
                                                                int64_t bits, int64_t channel_dim);
 std::tuple<at::Tensor, at::Tensor> staircase_relu_backward_meta(const at::Tensor& grad, const at::Tensor& saved,
-                                                                const at::Tensor& alpha, c10::SymIntArrayRef stride,
-                                                                int64_t bits, std::string_view ste,
-                                                                std::string_view alpha_grad, int64_t channel_dim);
+                                                                const at::Tensor& alpha, c10::SymIntArrayRef size,
+                                                                c10::SymIntArrayRef stride, int64_t bits,
+                                                                std::string_view ste, std::string_view alpha_grad,
+                                                                int64_t channel_dim);
 
 // The channel dimension that alpha is laid along, none when alpha has one element.
 std::optional<int64_t> alpha_channel_dim(const at::Tensor& x, const at::Tensor& alpha, int64_t channel_dim);

@@ -2,4 +2,5 @@
 
 // Everything a LibTorch program uses.
 #include "torchqat/ops/bcgd_step.h"
+#include "torchqat/ops/quantize_weight.h"
 #include "torchqat/ops/staircase_relu.h"

@@ -16,8 +16,8 @@ namespace torchqat::math {
 // What a step size t assigns, and the breakpoints next to it.
 struct StepState {
   WeightFit fit;
-  double above = HUGE_VAL;  // the smallest breakpoint >= t
-  double below = 0;         // the largest breakpoint < t
+  double above = HUGE_VAL;  // the smallest breakpoint >= t, of those in the interval that t splits
+  double below = 0;         // the largest breakpoint < t, of those
 
   // The state that two members of a team, each with levels of its own, have found together.
   TORCHQAT_HD StepState operator+(const StepState& other) const {
@@ -63,11 +63,11 @@ class ExactScaleSearch {
   // How many magnitudes are at least `threshold`, given that the first `from` are and that from `to` on none
   // is.
   TORCHQAT_HD int64_t count_from(int64_t from, int64_t to, double threshold) const {
-    while (from < to) {
-      const int64_t middle = from + (to - from) / 2;
-      const bool reached = weights_.magnitude(middle) >= threshold;
-      from = reached ? middle + 1 : from;
-      to = reached ? to : middle;
+    // A choice of number, not of path: processors cannot predict which half it is.
+    for (int64_t left = to - from; left > 0;) {
+      const int64_t half = (left + 1) / 2;
+      from += weights_.magnitude(from + half - 1) >= threshold ? half : 0;
+      left -= half;
     }
     return from;
   }
@@ -105,12 +105,17 @@ class ExactScaleSearch {
     StepState state;
     int own = 0;
     for (int level = team_.first_level(); level <= top_; level += team_.stride(), ++own) {
-      const double edge = level - 0.5;
-      const int64_t count = count_from(counts_[0][own], counts_[depth][own], edge * step);
+      const int64_t from = counts_[0][own];
+      const int64_t to = counts_[depth][own];
+      int64_t count = from;
+      if (from < to) {
+        const double edge = level - 0.5;
+        count = count_from(from, to, edge * step);
+        if (from < count) state.above = std::fmin(state.above, weights_.magnitude(count - 1) / edge);
+        if (count < to) state.below = std::fmax(state.below, weights_.magnitude(count) / edge);
+      }
       counts_[depth + 1][own] = count;
-      state = state + StepState{{(2.0 * level - 1) * count, weights_.sum_of_first(count)},
-                                count > 0 ? weights_.magnitude(count - 1) / edge : HUGE_VAL,
-                                count < weights_.size() ? weights_.magnitude(count) / edge : 0.0};
+      state.fit = state.fit + WeightFit{(2.0 * level - 1) * count, weights_.sum_of_first(count)};
     }
     return team_.join(state);
   }

@@ -10,6 +10,8 @@ namespace {
 constexpr const char* kOperators[] = {
     "staircase_relu",
     "staircase_codes",
+    "quantize_weight",
+    "weight_codes",
     "bcgd_step_",
     "_staircase_relu_forward",
     "_staircase_relu_backward",

@@ -1,5 +1,6 @@
 """BCGD: stochastic gradient descent for quantized weights."""
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -103,6 +104,7 @@ class BCGD(LatentOptimizer):
         defaults = dict(
             lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
             blend=blend, maximize=maximize, quant_bits=None, channel_dim=None, method="exact", min_value=None,
+            differentiable=False,
         )  # fmt: skip
         checks.check_options(defaults)
         super().__init__(params, defaults)
@@ -174,8 +176,8 @@ class BCGD(LatentOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` of an optimizer with the same groups returned.
 
-        The tensors of quantized parameters are copied and keep their dtype, and the parameters then hold the
-        projections of the loaded latents. When this raises ValueError, nothing has changed.
+        All tensors are copied, and those of quantized parameters keep their dtype. Quantized parameters then
+        hold the projections of the loaded latents. When this raises ValueError, nothing has changed.
 
         Args:
             state_dict: groups and state; that of ``torch.optim.SGD`` fits where no group is quantized.
@@ -196,6 +198,8 @@ class BCGD(LatentOptimizer):
             for (p, group), saved in zip(all_pairs(self.param_groups), states, strict=True):
                 if group["quant_bits"] is not None:
                     self._restore(p, group, saved)
+                elif p in self.state:  # torch may have kept the tensors of the state_dict themselves
+                    self.state[p] = copy.deepcopy(self.state[p])
 
         # Around torch's own loading, which casts the state to the parameter's dtype: after the user's hooks
         # that change the state_dict, before those that look at the result.

@@ -167,15 +167,15 @@ class LatentOptimizer(torch.optim.Optimizer):
         """Those of the parameters that do not hold the projection of their latent."""
         found = []
         for p, group in pairs:
-            if self._left.get(p) == (p._version, p.data_ptr()):
-                continue
             state = self.state[p]
-            if "latent" in state:
-                fit_to(p, state)
-            if "latent" in state and holds_projection(p, state, group):
-                self._leave(p)
-            else:
+            if "latent" not in state:
                 found.append((p, group))
+            elif self._left.get(p) != (p._version, p.data_ptr()):
+                fit_to(p, state)
+                if holds_projection(p, state, group):
+                    self._leave(p)
+                else:
+                    found.append((p, group))
         return found
 
     @torch.no_grad()

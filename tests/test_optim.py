@@ -184,7 +184,7 @@ def test_groups_of_several_dtypes_take_the_steps_of_groups_of_one():
     assert_same(one.state_dict()["state"], many.state_dict()["state"])
 
 
-def test_one_call_of_the_operator_for_each_group_and_dtype(monkeypatch):
+def test_one_call_of_the_operator_for_each_group(monkeypatch):
     calls = []
     step = torchqat.functional.bcgd_step_
     monkeypatch.setattr(
@@ -198,7 +198,7 @@ def test_one_call_of_the_operator_for_each_group_and_dtype(monkeypatch):
     )
     set_gradients(params, 0)
     optimizer.step()
-    assert calls == [3, 3, 1]
+    assert calls == [6, 1]
 
 
 def test_lr_may_be_a_number_or_a_tensor():
@@ -342,6 +342,8 @@ def test_a_skipped_step_does_not_even_take_over_changes_from_outside():
 def test_a_gradient_scaler_changes_nothing_in_exact_arithmetic(unscale):
     """A scale that is a power of two cancels without rounding."""
     model, reference = small_net(), small_net()
+    # Backward clips alpha's gradient while it is still scaled.
+    model[2].alpha_grad_clip = reference[2].alpha_grad_clip = float("inf")
     optimizer, plain = quantized(model), quantized(reference)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     for step in range(4):

@@ -7,7 +7,7 @@ from torchqat import _library
 
 _BUILD = _library.load()
 
-from torchqat import functional, nn, vmap  # noqa: E402, F401  (they need the operators that load() registered)
+from torchqat import functional, nn, optim, vmap  # noqa: E402, F401  (they need the operators)
 from torchqat.calibrate import calibrate  # noqa: E402
 from torchqat.prepare import prepare  # noqa: E402
 
@@ -33,4 +33,13 @@ def build_info() -> dict[str, Any]:
     return dict(_BUILD)
 
 
-__all__ = ["__version__", "build_info", "calibrate", "cmake_prefix_path", "functional", "nn", "prepare"]
+__all__ = [
+    "__version__",
+    "build_info",
+    "calibrate",
+    "cmake_prefix_path",
+    "functional",
+    "nn",
+    "optim",
+    "prepare",
+]

@@ -23,7 +23,7 @@ def plain_step(
     grads = [p.grad for p in params]
     if grad_scale is not None:
         inverse = grad_scale.double().reciprocal().float()  # as GradScaler.unscale_ has it
-        grads = [g * inverse.to(g.device) for g in grads]
+        grads = [(g * inverse.to(g.device)).to(g.dtype) for g in grads]
     momentum = group["momentum"] != 0
     buffers = [state[p].get("momentum_buffer") for p in params] if momentum else []
     sgd(params, grads, buffers, foreach=False, fused=False, **{key: group[key] for key in SGD_OPTIONS})
@@ -42,12 +42,12 @@ def quantized_step(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """One call of bcgd_step_ for each device and dtype among the parameters."""
+    """One call of bcgd_step_ for each device among the parameters, whatever their dtypes."""
     momentum = group["momentum"] != 0
     batches = defaultdict(lambda: ([], [], [], [], [], []))
     for p in params:
         own = state[p]
-        listed, grads, latents, scales, buffers, steps = batches[p.device, p.dtype]
+        listed, grads, latents, scales, buffers, steps = batches[p.device]
         listed.append(p)
         grads.append(p.grad)
         latents.append(own["latent"])
@@ -57,7 +57,7 @@ def quantized_step(
                 add_momentum(p, own)
             buffers.append(own["momentum_buffer"])
             steps.append(own["step"])
-    for (device, _), lists in batches.items():
+    for device, lists in batches.items():
         F.bcgd_step_(
             *lists,
             lr=_lr_on(device, group["lr"]),

@@ -73,3 +73,43 @@ _register_one_by_one("_staircase_relu_backward")
 @register("qat::_bounded_alpha")
 def _bounded_alpha(info, in_dims, alpha, *bounds):
     return torch.ops.qat._bounded_alpha(alpha, *bounds), in_dims[0]
+
+
+def _check_channel_dim(weight, channel_dim):
+    """Weights whose dimension 0 is the batch's; the operator would see the batch as one more dimension."""
+    dims = weight.dim() - 1
+    if channel_dim is not None and not -dims <= channel_dim < dims:
+        raise ValueError(
+            f"channel_dim must be a dimension of weight, which has shape {tuple(weight.shape[1:])}, got {channel_dim}"
+        )
+
+
+def _batch_of_channels(weight, channel_dim):
+    """Weights with a scale per sample, or per sample and channel, as weights with a scale per index of dimension 0:
+    (weights, function that brings quantised weights back, shape of the scales)."""
+    _check_channel_dim(weight, channel_dim)
+    if channel_dim is None:
+        return weight, lambda w: w, weight.shape[:1]
+    dim = _shifted(weight, channel_dim)
+    merged = weight.movedim(dim, 1)
+    shape = merged.shape
+    return merged.flatten(0, 1), lambda w: w.reshape(shape).movedim(1, dim), shape[:2]
+
+
+@register("qat::quantize_weight")
+def _quantize_weight(info, in_dims, weight, bits, *, method="exact", channel_dim=None):
+    weight, restore, scales = _batch_of_channels(weight.movedim(in_dims[0], 0), channel_dim)
+    quantized, scale = torch.ops.qat.quantize_weight(weight, bits, method=method, channel_dim=0)
+    return (restore(quantized), scale.reshape(scales)), (0, 0)
+
+
+@register("qat::weight_codes")
+def _weight_codes(info, in_dims, weight, scale, bits, *, channel_dim=None):
+    weight = _front(weight, in_dims[0], info.batch_size)
+    scale = _front(scale, in_dims[1], info.batch_size)
+    weight, restore, scales = _batch_of_channels(weight, channel_dim)
+    if scale.shape != scales:
+        raise ValueError(
+            f"weight_codes: scale must have shape {tuple(scales[1:])}, got {tuple(scale.shape[1:])}"
+        )
+    return restore(torch.ops.qat.weight_codes(weight, scale.flatten(), bits, channel_dim=0)), 0

@@ -19,7 +19,7 @@ TORCHQAT_HD T weight_level(T w, T step, int64_t bits) {
   const T top = T(weight_top(bits));
   const T k = std::ceil(std::abs(w) / step - T(0.5));
   const T level = k > T(0) && step > T(0) ? (k > top ? top : k) : T(0);
-  return w < T(0) ? -level : level;
+  return w < T(0) ? T(0) - level : level;  // never -0
 }
 
 }  // namespace torchqat::math

@@ -44,7 +44,7 @@ template <typename T>
 TORCHQAT_HD T assigned_level(T w, T cut, WeightMethod method, int64_t bits) {
   if (method != WeightMethod::twn) return weight_level(w, cut, bits);
   const T kept = std::abs(w) >= cut ? T(1) : T(0);
-  return w < T(0) ? -kept : kept;
+  return w < T(0) ? T(0) - kept : kept;
 }
 
 }  // namespace torchqat::math

@@ -1,13 +1,13 @@
 """The papers' theorems as tests, with the operator itself in the middle.
 
-Two linear layers with a binary activation between them, a teacher of the same form, and m independent rows z_i of
-n standard normal inputs (Yin et al. 2019, "Understanding straight-through estimator"):
+Two linear layers with a binary activation between them, a teacher of the same form, and m independent rows
+z_i of n standard normal inputs (Yin et al. 2019, "Understanding straight-through estimator"):
 
-    y(Z; v, w) = sum_i v_i s(z_i . w),   s(x) = 1{x > 0},   loss = (y(Z; v, w) - y(Z; v*, w*))^2 / 2,   |w*| = 1.
+    y(Z; v, w) = sum_i v_i s(z_i . w),   s(x) = 1{x > 0},   loss = (y(Z; v, w) - y(Z; v*, w*))^2 / 2
 
-`staircase_relu` with bits = 1 and alpha = 1 is s, and its backward is the STE, so autograd gives the coarse
-gradient in w. u = w / |w|, t is the unit vector of w* across u, theta the angle between w and w*, S and S* the sums
-of v and v*, phi and Phi the standard normal density and its integral.
+with |w*| = 1. `staircase_relu` with bits = 1 and alpha = 1 is s, and its backward is the STE, so autograd
+gives the coarse gradient in w. u = w / |w|, t is the unit vector of w* across u, theta the angle between w
+and w*, phi and Phi the standard normal density and its integral.
 """
 
 import itertools
@@ -33,9 +33,7 @@ class Model(NamedTuple):
 def model(m, n, theta, norm, seed):
     """A student at angle theta from its teacher, |w| = norm, in a random plane of R^n."""
     generator = torch.Generator().manual_seed(seed)
-    frame, _ = torch.linalg.qr(
-        torch.randn(n, 2, generator=generator, dtype=torch.float64)
-    )
+    frame, _ = torch.linalg.qr(torch.randn(n, 2, generator=generator, dtype=torch.float64))
     w = norm * (math.cos(theta) * frame[:, 0] + math.sin(theta) * frame[:, 1])
     v, v_star = torch.randn(2, m, generator=generator, dtype=torch.float64)
     return Model(v, w, v_star, frame[:, 0])
@@ -70,16 +68,7 @@ def population_loss(a):
     """(5.1)"""
     theta, _, _ = angle(a)
     kernel = (1 - 2 * theta / math.pi) * (a.v @ a.v_star) + a.v.sum() * a.v_star.sum()
-    return float(
-        (
-            a.v @ a.v
-            + a.v.sum() ** 2
-            - 2 * kernel
-            + a.v_star @ a.v_star
-            + a.v_star.sum() ** 2
-        )
-        / 8
-    )
+    return float((a.v @ a.v + a.v.sum() ** 2 - 2 * kernel + a.v_star @ a.v_star + a.v_star.sum() ** 2) / 8)
 
 
 def gradient_v(a):
@@ -114,7 +103,7 @@ def mean_clipped_relu(a):
 
 
 def mean_of_any(a, slope):
-    """(5.8) for a proxy slope that vanishes on x <= 0 and may have a kink at 1: four integrals over s = z . u."""
+    """(5.8) for a slope that vanishes on x <= 0 and may have a kink at 1: three integrals over s = z . u."""
     theta, u, t = angle(a)
     norm, k = float(a.w.norm()), 1 / math.tan(theta)
     s, weight = panels([0, 1 / norm, 4 + 1 / norm, 12 + 1 / norm], 40)
@@ -137,15 +126,13 @@ CLOSED_FORMS = {
     "identity": mean_identity,
     "relu": mean_relu,
     "clipped_relu": mean_clipped_relu,
-    "log_tailed_relu": lambda a: mean_of_any(
-        a, lambda x: numpy.where(x <= 1, 1, 1 / numpy.maximum(x, 1))
-    ),
+    "log_tailed_relu": lambda a: mean_of_any(a, lambda x: numpy.where(x <= 1, 1, 1 / numpy.maximum(x, 1))),
     "reverse_exponential": lambda a: mean_of_any(a, lambda x: numpy.exp(-x)),
 }
 
 
 def panels(edges, order):
-    """Gauss-Legendre nodes and weights on each interval between consecutive edges (arrays of edges broadcast)."""
+    """Gauss-Legendre nodes and weights on each interval between consecutive edges (arrays broadcast)."""
     x, weight = numpy.polynomial.legendre.leggauss(order)
     edges = [numpy.asarray(e, dtype=float)[..., None] for e in edges]
     nodes = [(lo + hi) / 2 + (hi - lo) / 2 * x for lo, hi in itertools.pairwise(edges)]
@@ -162,16 +149,9 @@ def sampled_mean(a, ste, samples, seed):
     total, squares = torch.zeros_like(a.w), torch.zeros_like(a.w)
     chunk = 100_000
     for _ in range(samples // chunk):
-        z = torch.randn(
-            chunk, len(a.v), len(a.w), generator=generator, dtype=torch.float64
-        )
-        w = a.w.repeat(
-            chunk, 1
-        ).requires_grad_()  # one copy per sample keeps the gradients apart
-        error = (
-            binary((z @ w[..., None])[..., 0], ste) @ a.v
-            - binary(z @ a.w_star) @ a.v_star
-        )
+        z = torch.randn(chunk, len(a.v), len(a.w), generator=generator, dtype=torch.float64)
+        w = a.w.repeat(chunk, 1).requires_grad_()  # one copy per sample keeps the gradients apart
+        error = binary((z @ w[..., None])[..., 0], ste) @ a.v - binary(z @ a.w_star) @ a.v_star
         (gradient,) = torch.autograd.grad(error.square().sum() / 2, w)
         total += gradient.sum(0)
         squares += gradient.square().sum(0)
@@ -182,32 +162,24 @@ def sampled_mean(a, ste, samples, seed):
 def nodes(a, order, radius=9.0):
     """Nodes z and weights for one Gaussian row, in the plane of w and w*, where alone it matters.
 
-    Polar, and cut where the integrand jumps: at the angles where z . w or z . w* changes sign, and at z . w = 1.
+    Polar, and cut where the integrand jumps: where z . w or z . w* changes sign, and at z . w = 1.
     """
     theta, u, t = angle(a)
     half = math.pi / 2
     angles, weight = panels([-half, theta - half, half, theta + half, 3 * half], order)
     cosine = numpy.cos(angles)
-    cut = numpy.where(
-        cosine > 0, 1 / (float(a.w.norm()) * numpy.maximum(cosine, 1e-9)), radius / 2
-    )
-    r, r_weight = panels(
-        [0 * angles, numpy.minimum(cut, radius / 2), 0 * angles + radius], 16
-    )
+    cut = numpy.where(cosine > 0, 1 / (float(a.w.norm()) * numpy.maximum(cosine, 1e-9)), radius / 2)
+    r, r_weight = panels([0 * angles, numpy.minimum(cut, radius / 2), 0 * angles + radius], 16)
     weight = weight[:, None] * r_weight * r * numpy.exp(-r * r / 2) / (2 * math.pi)
     x, y = r * cosine[:, None], r * numpy.sin(angles)[:, None]
-    points = torch.from_numpy(numpy.stack([x.ravel(), y.ravel()], 1)) @ torch.stack(
-        [u, t]
-    )
+    points = torch.from_numpy(numpy.stack([x.ravel(), y.ravel()], 1)) @ torch.stack([u, t])
     return points, torch.from_numpy(weight.ravel())
 
 
 def loss_by_quadrature(a, ste, order):
-    """E loss over independent rows is made of one-row means; autograd of it is the mean of coarse gradients."""
+    """E loss over independent rows is made of one-row means; its autograd is the mean coarse gradient."""
     z, weight = nodes(Model(*(x.detach() for x in a)), order)
-    error = (
-        binary(z @ a.w, ste)[:, None] * a.v - binary(z @ a.w_star)[:, None] * a.v_star
-    )
+    error = binary(z @ a.w, ste)[:, None] * a.v - binary(z @ a.w_star)[:, None] * a.v_star
     mean = weight @ error
     return (weight @ error.square() - mean.square()).sum() / 2 + mean.sum().square() / 2
 
@@ -233,9 +205,7 @@ def test_sampled_coarse_gradients_have_the_mean_of_the_closed_form(instance, ste
     expected = CLOSED_FORMS[ste](instance)
     mean, error = sampled_mean(instance, ste, SAMPLES, seed=7)
     assert ((mean - expected) / error).abs().max() < 5
-    assert ((mean - 1.03 * expected) / error).abs().max() > 5, (
-        "a formula that is 3 % off must be told apart"
-    )
+    assert ((mean - 1.03 * expected) / error).abs().max() > 5, "a formula that is 3 % off must be told apart"
 
 
 @pytest.mark.parametrize("ste", F.ste_names())
@@ -246,9 +216,7 @@ def test_coarse_gradients_by_quadrature_match_the_closed_form(instance, ste):
     torch.testing.assert_close(gradient_of_v, gradient_v(instance), rtol=0, atol=1e-9)
     torch.testing.assert_close(gradient_of_w, expected, rtol=0, atol=1e-6)
     wrong = [form(instance) for name, form in CLOSED_FORMS.items() if name != ste]
-    assert min((gradient_of_w - other).norm() for other in wrong) > 1e-3, (
-        "the closed forms must differ here"
-    )
+    assert min((gradient_of_w - other).norm() for other in wrong) > 1e-3, "the closed forms must differ here"
 
 
 # The spurious minimum
@@ -263,11 +231,9 @@ def spurious_minimum():
 
 
 def descend(ste, rate=0.1, steps=300):
-    """Coarse gradient descent from 1e-3 beside the spurious minimum: the losses, the norms |w|, the last point."""
+    """Coarse gradient descent from 1e-3 beside the spurious minimum: losses, norms |w|, the last point."""
     start = spurious_minimum()
-    noise = torch.randn(
-        4, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
+    noise = torch.randn(4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     a = start._replace(w=start.w + 1e-3 * noise)
     losses, norms = [], []
     for _ in range(steps):
@@ -297,9 +263,7 @@ def test_an_ste_that_vanishes_on_negatives_stays_at_the_spurious_minimum(ste):
     assert gradient_of_v.norm() < 1e-9
     assert gradient_of_w.norm() < 1e-9
     losses, _, last = descend(ste)
-    assert (
-        numpy.diff(losses).max() < 1e-8
-    )  # descent, up to chatter across the end point theta = pi
+    assert numpy.diff(losses).max() < 1e-8  # descent, up to chatter across the end point theta = pi
     assert losses[-1] == pytest.approx(population_loss(minimum), abs=1e-6)
     assert (last.v - minimum.v).norm() < 1e-3
     assert angle(last)[0] > math.pi - 1e-3
@@ -318,18 +282,14 @@ def quadratics(count, n, seed=0):
 
 
 def bcgd_path(bits, blend, rate, steps=200, count=200, n=12):
-    """Losses [steps + 1, count] and squared moves [steps, count]; every row of the parameter is a problem of its own."""
+    """Losses [steps + 1, count] and squared moves [steps, count]; each row of w is a problem of its own."""
     a, b = quadratics(count, n)
     w = torch.nn.Parameter(
-        torch.randn(
-            count, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-        )
+        torch.randn(count, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     )
-    optimizer = BCGD(
-        [{"params": [w], "quant_bits": bits, "channel_dim": 0}], lr=rate, blend=blend
-    )
+    optimizer = BCGD([{"params": [w], "quant_bits": bits, "channel_dim": 0}], lr=rate, blend=blend)
     losses, moves = [], []
-    for step in range(steps + 1):
+    for _ in range(steps + 1):
         product = (a @ w.detach()[..., None])[..., 0]
         losses.append((w.detach() * (product / 2 - b)).sum(1))
         before, w.grad = w.detach().clone(), product - b

@@ -1,0 +1,138 @@
+"""Times contenders side by side, each in turn, round after round: a noisy moment is noisy for all."""
+
+import importlib
+import importlib.util
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import meters
+
+BLOCK_SECONDS = 2e-3  # a call shorter than this is repeated until a block of calls is this long
+EVENT_BLOCK = 40  # GPU calls of 50 us and more, this many or fewer to a block, are timed by events
+
+
+class Absent(Exception):
+    """A contender that cannot take part; the message says why."""
+
+
+@dataclass
+class Contender:
+    name: str
+    make: Callable[[], Callable[[], object]]  # builds the inputs and returns the call to measure
+    compiles: bool = False  # starts too slowly for --quick
+
+
+@dataclass
+class Problem:
+    name: str
+    elements: int
+    contenders: list[Contender]
+    floor_bytes: int  # what has to cross memory once, whoever does it
+    floor_flops: int = 0
+    saves: bool = False  # the call builds an autograd graph: count what it keeps
+
+
+@dataclass
+class Effort:
+    """How long to go on: at least `least` rounds, then until `seconds` or `most` rounds are spent."""
+
+    least: int
+    most: int
+    seconds: float
+
+
+QUICK = Effort(least=3, most=3, seconds=0.0)
+FULL = Effort(least=5, most=60, seconds=12.0)
+
+
+def require(module):
+    """The module, or Absent when it is not installed. One installed but broken raises its own error."""
+    distribution = module.partition(".")[0]
+    if importlib.util.find_spec(distribution) is None:
+        raise Absent(f"{distribution} is not installed")
+    return importlib.import_module(module)
+
+
+def measure(problem, device, rates, quick=False, advance=lambda name: None):
+    """One row per contender, in their order, and the floor: its bytes at the speed of a copy of as many, or
+    its flops at the speed of the machine's matrix product, whichever takes longer."""
+    copy = Contender("copy", lambda: meters.copy_of(problem.floor_bytes, device))
+    rows, calls, blocks = {}, {}, {}
+    for contender in [copy, *problem.contenders]:
+        advance(contender.name)
+        row = rows[contender.name] = {"name": contender.name, "status": "ok"}
+        try:
+            if quick and contender.compiles:
+                raise Absent("left out by --quick")
+            call = contender.make()
+            blocks[contender.name] = warm_up(call, device)
+            calls[contender.name] = call
+        except Absent as reason:
+            row |= {"status": "absent", "reason": str(reason)}
+        except Exception as error:  # that a peer fails is a result, whatever the error
+            row |= {"status": "failed", "reason": first_line(error)}
+    times = interleave(calls, blocks, device, QUICK if quick else FULL, advance)
+    for name, call in calls.items():
+        rows[name] |= summary(times[name]) | meters.footprint(call, problem.elements, problem.saves, device)
+    floor = max(rows.pop("copy")["ms"], problem.floor_flops / rates["gemm_flops_per_s"] * 1e3)
+    facts = {"name": problem.name, "elements": problem.elements}
+    return (
+        facts
+        | {"floor": {"bytes": problem.floor_bytes, "flops": problem.floor_flops, "ms": floor}}
+        | {"rows": list(rows.values())}
+    )
+
+
+def first_line(error):
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def warm_up(call, device):
+    """Runs the call until what it prepares on first use is prepared; returns how many calls make a block."""
+    for _ in range(3):
+        seconds = wall_clock(call, 1, device)
+        if seconds > 1:
+            return 1
+    return max(1, math.ceil(BLOCK_SECONDS / max(seconds, 1e-7)))
+
+
+def wall_clock(call, count, device):
+    """Seconds per call, the device's work included."""
+    meters.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    meters.synchronize(device)
+    return (time.perf_counter() - start) / count
+
+
+def interleave(calls, blocks, device, effort, advance):
+    """Seconds per call of each contender in each round. Events time what is long enough on a GPU for its host
+    not to matter; the wall clock the rest, and everything on a CPU."""
+    events = meters.ColdEvents() if device == "cuda" else None
+    times = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
+    start = time.perf_counter()
+    for done in range(effort.most):
+        if done >= effort.least and time.perf_counter() - start > effort.seconds:
+            break
+        shuffle(order)  # so that no one always follows the same neighbour's caches
+        for name in order:
+            advance(name)
+            alone = events is not None and blocks[name] <= EVENT_BLOCK
+            times[name].append(
+                events(calls[name]) if alone else wall_clock(calls[name], blocks[name], device)
+            )
+    return times
+
+
+def summary(seconds):
+    """Median and quartiles in milliseconds."""
+    ms = sorted(1e3 * s for s in seconds)
+    low, _, high = statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else (ms[0],) * 3
+    return {"ms": statistics.median(ms), "low_ms": low, "high_ms": high, "rounds": len(ms)}

@@ -1,0 +1,151 @@
+"""Instruments: memory, autograd's saved bytes, a GPU's clock, and what machine this is."""
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+PEERS = ("torch", "torchao", "brevitas", "numpy", "triton")
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class ColdEvents:
+    """Times one call on the GPU, its own work alone: the cache is emptied first, by writes that also keep the
+    GPU busy while the host launches the call, so that no gap between kernels is the host's."""
+
+    WRITES = 8
+
+    def __init__(self):
+        size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self.flush = torch.empty(max(2 * size, 1 << 28), dtype=torch.uint8, device="cuda")
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self, call):
+        for _ in range(self.WRITES):
+            self.flush.zero_()
+        self.start.record()
+        call()
+        self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end) * 1e-3
+
+
+def footprint(call, elements, saves, device):
+    """Bytes per element that the call takes at its peak beyond what was there, and that its graph keeps."""
+    if elements < 100_000:  # pages and allocator blocks would be all there is to see
+        return {}
+    result = {"peak_bytes_per_element": per_element(peak_bytes(call, device), elements)}
+    if saves:
+        result["saved_bytes_per_element"] = per_element(saved_bytes(call), elements)
+    return result
+
+
+def per_element(size, elements):
+    return None if size is None else size / elements
+
+
+def saved_bytes(call):
+    """Bytes of the distinct storages that the call's graph saves for backward, the input's included."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(size for size, _ in storages.values())
+
+
+def peak_bytes(call, device):
+    """Peak of a call above where it began: the allocator's on a GPU, resident memory on Linux, else None."""
+    if device == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # or memory freed before would be used again unseen
+        Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak starts anew
+    except (OSError, AttributeError):
+        return None
+    before = resident_bytes("VmRSS")
+    call()
+    return max(0, resident_bytes("VmHWM") - before)
+
+
+def resident_bytes(field):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def copy_of(size, device):
+    """A call that moves `size` bytes, half of them read and half of them written."""
+    source = torch.zeros(max(size // 2, 1), dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
+
+
+def rates(device):
+    """Best of ten: bytes per second of a large copy, flops per second of a float32 matrix product."""
+    size, side = (1 << 31, 8192) if device == "cuda" else (1 << 28, 1024)
+    square = torch.ones(side, side, device=device)
+    product = torch.empty_like(square)
+    copy = best(copy_of(size, device), device)
+    gemm = best(lambda: torch.mm(square, square, out=product), device)
+    return {"copy_bytes_per_s": size / copy, "gemm_flops_per_s": 2 * side**3 / gemm}
+
+
+def best(call, device):
+    seconds = []
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def machine(device):
+    """What a reader needs to know to compare numbers."""
+    import torchqat
+
+    facts = {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PEERS},
+        "torchqat": {name: fact for name, fact in torchqat.build_info().items() if name != "library"},
+    }
+    if device == "cuda":
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return facts
+
+
+def cpu_model():
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

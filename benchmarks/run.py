@@ -1,0 +1,143 @@
+"""Measures the operators beside their peers.
+
+    python benchmarks/run.py                       every case on the CPU
+    python benchmarks/run.py bcgd --json b.json    one case; results in b.json and plots beside it
+    python benchmarks/run.py --quick               small problems, three rounds: does everything run?
+
+Tables go to the standard output as Markdown. A peer that is not installed or fails is listed with the
+reason; that one of ours fails makes the exit status 1.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import cases
+import harness
+import meters
+import torch
+from tqdm import tqdm
+
+
+def main():
+    options = arguments(sys.argv[1:])
+    torch.set_num_threads(options.threads)
+    report = {
+        "command": " ".join(["python benchmarks/run.py", *sys.argv[1:]]),
+        "device": options.device,
+        "quick": options.quick,
+        "machine": meters.machine(options.device),
+        "rates": meters.rates(options.device),
+        "cases": {},
+    }
+    print(headline(report))
+    for name in options.cases or cases.names():
+        report["cases"][name] = run_case(name, report, options)
+        if options.json:
+            write(report, options.json)
+    if options.json:
+        import plot
+
+        for path in plot.draw(options.json):
+            print(f"wrote {path}", file=sys.stderr)
+    sys.exit(any(failed(results) for results in report["cases"].values()))
+
+
+def arguments(words):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "cases", nargs="*", metavar="case", help=f"any of {', '.join(cases.names())}; default: all"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads for every contender"
+    )
+    parser.add_argument("--quick", action="store_true", help="small problems, three rounds, nothing compiled")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the results here and the plots beside it"
+    )
+    options = parser.parse_args(words)
+    unknown = [name for name in options.cases if name not in cases.names()]
+    if unknown:
+        parser.error(f"unknown case {unknown[0]!r}; choose from {', '.join(cases.names())}")
+    if options.device not in ("cpu", "cuda"):
+        parser.error(f"unknown device {options.device!r}; choose from cpu, cuda")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device here: torch.cuda.is_available() is False")
+    if options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json: no folder {options.json.parent}")
+    return options
+
+
+def run_case(name, report, options):
+    results = []
+    for problem in cases.load(name).problems(options.device, options.quick):
+        with tqdm(desc=f"{name}, {problem.name}", unit=" measurements", file=sys.stderr, leave=False) as bar:
+
+            def advance(contender, bar=bar):
+                bar.set_postfix_str(contender, refresh=False)
+                bar.update()
+
+            results.append(harness.measure(problem, options.device, report["rates"], options.quick, advance))
+        print(table(name, results[-1]), flush=True)
+    return results
+
+
+def failed(results):
+    """Whether a contender of ours could not be measured."""
+    rows = [row for result in results for row in result["rows"]]
+    return any(row["status"] == "failed" and row["name"].startswith("torchqat") for row in rows)
+
+
+def headline(report):
+    machine, rates = report["machine"], report["rates"]
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
+    return (
+        f"{device}, torch {torch.__version__}: copies {rates['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"float32 matrix product {rates['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s"
+    )
+
+
+def table(case, result):
+    floor = result["floor"]["ms"]
+    lines = [
+        f"\n### {case}: {result['name']} (floor {floor:.4g} ms)\n",
+        "| contender | median ms | quartiles | times the floor | saved B/element | peak extra B/element |",
+        "|---|---|---|---|---|---|",
+    ]
+    return "\n".join(lines + [line(row, floor) for row in result["rows"]])
+
+
+def line(row, floor):
+    if row["status"] != "ok":
+        return f"| {row['name']} | {row['status']}: {row['reason']} | | | | |"
+    cells = [
+        row["name"],
+        f"{row['ms']:.4g}",
+        f"{row['low_ms']:.4g} to {row['high_ms']:.4g}",
+        f"{row['ms'] / floor:.3g}",
+        number(row.get("saved_bytes_per_element")),
+        number(row.get("peak_bytes_per_element")),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def number(value):
+    return "" if value is None else f"{value:.3g}"
+
+
+def write(report, path):
+    """All of the file or none: a reader never sees half a report."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,9 +13,13 @@ configure_file(cmake/build_info.json.in libtorchqat.json @ONLY)
 
 # From <site-packages>/torchqat/lib to torch's libraries and to the CUDA libraries that come as wheels. A wheel keeps
 # only these; any other installation also keeps the absolute folders it was linked with.
-set_target_properties(torchqat PROPERTIES
-  INSTALL_RPATH "$ORIGIN/../../torch/lib;$ORIGIN/../../nvidia/cu13/lib"
-  INSTALL_RPATH_USE_LINK_PATH "${TORCHQAT_ABSOLUTE_RPATH}")
+string(REGEX MATCH "^[0-9]+" cuda_major "${TORCHQAT_TORCH_CUDA}")
+set(rpath "$ORIGIN/../../torch/lib" "$ORIGIN/../../nvidia/cu${cuda_major}/lib")
+if(TORCHQAT_ABSOLUTE_RPATH)
+  get_filename_component(site_packages "${TORCHQAT_TORCH_DIR}" DIRECTORY)
+  list(APPEND rpath "${TORCHQAT_TORCH_DIR}/lib" "${site_packages}/nvidia/cu${cuda_major}/lib" ${CUDAToolkit_LIBRARY_DIR})
+endif()
+set_target_properties(torchqat PROPERTIES INSTALL_RPATH "${rpath}")
 
 set(TORCHQAT_PACKAGE_DIR "${CMAKE_INSTALL_LIBDIR}/cmake/TorchQAT")
 install(TARGETS torchqat EXPORT TorchQATTargets LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})

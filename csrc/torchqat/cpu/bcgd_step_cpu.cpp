@@ -4,21 +4,20 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
-#include <mutex>
+#include <array>
 #include <span>
+#include <type_traits>
 #include <vector>
 
 #include "torchqat/cpu/bcgd_step_slices.h"
+#include "torchqat/cpu/bcgd_step_ternary.h"
 #include "torchqat/math/bcgd.h"
-#include "torchqat/math/ternary_scale.h"
 #include "torchqat/ops/bcgd_step.h"
 
 namespace torchqat {
 namespace {
 
 using math::Projection;
-using math::StepSums;
 
 // A parameter as pointers.
 template <typename scalar_t>
@@ -60,146 +59,149 @@ class GroupStep {
         slices_.append(targets_.size(), c, item.param.numel() / channels);
       targets_.emplace_back(item);
     }
-    sums_.resize(slices_.count());
     scales_.resize(slices_.scales());
   }
 
   void run() {
-    for_each_slice([&](const Slice& s) { return update(s); });
-    fit([&](const StepSums& sums) { return math::scale_after_update(sums, projection_, bits_); });
+    if (projection_ == Projection::warm) {
+      update([&](const Slice& s) { return warm_levels(s); });
+    } else {
+      update([](const Slice&) { return std::array{math::TopLevel<opmath_t>()}; });
+    }
     if (projection_ == Projection::ternary) fit_ternary();
     levels_at_ = scales_;
-    if (math::needs_second_sums(projection_)) {
-      for_each_slice(
-          [&](const Slice& s) { return with_level(s, [&](auto level) { return sum(s, level); }); });
-      fit([](const StepSums& sums) { return sums.scale(); });
-    }
-    for_each_slice(
-        [&](const Slice& s) { return with_level(s, [&](auto level) { return write(s, level); }); });
+    with_rule([&](auto rule) {
+      if (math::refits(projection_)) refit(rule);
+      write(rule);
+    });
     finish();
   }
 
  private:
-  // Calls f, which returns the sums of a slice.
-  template <typename F>
-  void for_each_slice(F&& f) {
-    at::parallel_for(0, slices_.count(), 1, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i) sums_[i] = f(slices_[i]);
-    });
-  }
-
-  // Calls f with the rule that gives the new w their levels.
-  template <typename F>
-  StepSums with_level(const Slice& slice, F&& f) const {
-    const opmath_t at = levels_at_[slice.scale];
-    if (projection_ == Projection::mean) return f(math::TopLevel<opmath_t>{});
-    if (projection_ == Projection::twn) return f(math::KeptLevel<opmath_t>{at});
-    return f(math::NearestLevel<opmath_t>{at, bits_});
-  }
-
-  StepSums update(const Slice& slice) {
-    if (projection_ != Projection::warm_lloyd || slice.begin == slice.end) {
-      return update(slice, math::TopLevel<opmath_t>{});
+  auto warm_levels(const Slice& slice) const {
+    const auto& t = targets_[slice.target];
+    std::array<math::NearestLevel<opmath_t>, math::kWarmSteps> levels;
+    for (int i = 0; i < math::kWarmSteps && slice.begin < slice.end; ++i) {
+      levels[i] = {static_cast<opmath_t>(t.scale[slice.channel] * math::warm_share(i)), bits_};
     }
-    return update(slice, math::NearestLevel<opmath_t>{targets_[slice.target].scale[slice.channel], bits_});
+    return levels;
   }
 
-  template <typename Level>
-  StepSums update(const Slice& slice, const Level& level) {
-    const auto& t = targets_[slice.target];
-    const bool first = t.steps && *t.steps == 0;
-    LaneSums<opmath_t> sums;
-    for_each_run(t.view, slice, [&](int64_t p, int64_t count) {
-      const auto step = [rule = rule_, w = t.w + p, g = t.g + p, y = t.y + p](int64_t i, auto&&... momentum) {
-        return std::abs(y[i] = rule(y[i], opmath_t(w[i]), opmath_t(g[i]), momentum...));
-      };
-      if (t.buffer) {
-        sums.add(count, level,
-                 [step, buffer = t.buffer + p, first](int64_t i) { return step(i, buffer[i], first); });
-      } else {
-        sums.add(count, level, step);
-      }
-    });
-    return sums.total();
-  }
-
-  template <typename Level>
-  StepSums sum(const Slice& slice, const Level& level) const {
-    const auto& t = targets_[slice.target];
-    LaneSums<opmath_t> sums;
-    for_each_run(t.view, slice, [&](int64_t p, int64_t count) {
-      sums.add(count, level, [y = t.y + p](int64_t i) { return std::abs(y[i]); });
-    });
-    return sums.total();
-  }
-
-  template <typename Level>
-  StepSums write(const Slice& slice, const Level& level) {
-    const auto& t = targets_[slice.target];
-    const opmath_t scale = scales_[slice.scale];
-    for_each_run(t.view, slice, [&](int64_t p, int64_t count) {
-      for (int64_t i = p; i < p + count; ++i) {
-        t.w[i] = static_cast<scalar_t>(scale * math::signed_level(t.y[i], level));
-      }
-    });
-    return {};
-  }
-
-  // Adds the sums of each scale in the order of its slices; f of the total is the scale.
+  // Calls f(rule), where rule(slice) is what gives the new w their levels.
   template <typename F>
-  void fit(F&& f) {
+  void with_rule(F&& f) {
+    if (projection_ == Projection::mean) {
+      f([](const Slice&) { return math::TopLevel<opmath_t>(); });
+    } else if (projection_ == Projection::twn) {
+      f([&](const Slice& s) { return math::KeptLevel<opmath_t>{levels_at_[s.scale]}; });
+    } else {
+      f([&](const Slice& s) { return math::NearestLevel<opmath_t>(levels_at_[s.scale], bits_); });
+    }
+  }
+
+  // Calls f(slice), which returns what it adds up, for all slices, adds the results of each scale in the
+  // order of its slices, and takes to_scale(total) for the scale.
+  template <typename F, typename ToScale>
+  void fit(F&& f, ToScale&& to_scale) {
+    std::vector<std::invoke_result_t<F, const Slice&>> sums(slices_.count());
+    for_each_slice([&](const Slice& slice, int64_t i) { sums[i] = f(slice); });
     for (int64_t k = 0; k < slices_.scales(); ++k) {
-      StepSums total;
-      for (int64_t i = slices_.first(k); i < slices_.first(k + 1); ++i) total = total + sums_[i];
-      scales_[k] = static_cast<opmath_t>(f(total));
+      auto total = sums[slices_.first(k)];
+      for (int64_t i = slices_.first(k) + 1; i < slices_.first(k + 1); ++i) total = total + sums[i];
+      scales_[k] = static_cast<opmath_t>(to_scale(total));
     }
   }
 
-  // Scales of many slices one after the other, each by all threads; then the others, shared out among the
+  template <typename F>
+  void for_each_slice(F&& f) const {
+    at::parallel_for(0, slices_.count(), 1, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) f(slices_[i], i);
+    });
+  }
+
+  // Makes the new y, and the scales by the sums over them for the levels of levels_of(slice).
+  template <typename LevelsOf>
+  void update(LevelsOf&& levels_of) {
+    fit(
+        [&](const Slice& slice) {
+          const auto& t = targets_[slice.target];
+          const auto levels = levels_of(slice);
+          math::StepSums<levels.size()> sums;
+          for_each_run(t.view, slice, [&](int64_t p, int64_t count) {
+            update_run(t, p, count);
+            sums = sums + sums_of(t.y + p, count, levels);
+          });
+          return sums;
+        },
+        [&](const auto& sums) { return math::scale_after_update(sums, projection_, bits_); });
+  }
+
+  void update_run(const Target<scalar_t>& t, int64_t p, int64_t count) const {
+    const auto rule = rule_;
+    const auto* w = t.w + p;
+    const auto* g = t.g + p;
+    auto* y = t.y + p;
+    if (t.buffer) {
+      auto* buffer = t.buffer + p;
+      const bool first = *t.steps == 0;
+      for (int64_t i = 0; i < count; ++i) y[i] = rule(y[i], opmath_t(w[i]), opmath_t(g[i]), buffer[i], first);
+    } else {
+      for (int64_t i = 0; i < count; ++i) y[i] = rule(y[i], opmath_t(w[i]), opmath_t(g[i]));
+    }
+  }
+
+  template <typename LevelRule>
+  void refit(const LevelRule& rule) {
+    fit(
+        [&](const Slice& slice) {
+          const auto& t = targets_[slice.target];
+          const std::array levels{rule(slice)};
+          math::StepSums<1> sums;
+          for_each_run(t.view, slice,
+                       [&](int64_t p, int64_t count) { sums = sums + sums_of(t.y + p, count, levels); });
+          return sums;
+        },
+        [](const auto& sums) { return sums.scale(); });
+  }
+
+  template <typename LevelRule>
+  void write(const LevelRule& rule) const {
+    for_each_slice([&](const Slice& slice, int64_t) {
+      const auto& t = targets_[slice.target];
+      const auto level = rule(slice);
+      const opmath_t scale = scales_[slice.scale];
+      for_each_run(t.view, slice, [&](int64_t p, int64_t count) {
+        opmath_t q[kLongestRun];
+        find_levels(t.y + p, count, level, q);
+        write_run(t.w + p, t.y + p, q, count, scale);
+      });
+    });
+  }
+
+  static void write_run(scalar_t* w, const opmath_t* y, const opmath_t* q, int64_t count, opmath_t scale) {
+    for (int64_t i = 0; i < count; ++i) w[i] = static_cast<scalar_t>(scale * (y[i] < 0 ? -q[i] : q[i]));
+  }
+
+  // Scales of several slices one after the other, each by all threads; then the others, shared out among the
   // threads.
   void fit_ternary() {
+    const auto values_of = [&](const Slice& slice, auto&& f) {
+      const auto& t = targets_[slice.target];
+      for_each_run(t.view, slice, [&](int64_t p, int64_t count) { std::for_each_n(t.y + p, count, f); });
+    };
     const auto is_small = [&](int64_t k) { return slices_.first(k + 1) - slices_.first(k) == 1; };
     for (int64_t k = 0; k < slices_.scales(); ++k) {
-      if (!is_small(k)) scales_[k] = large_ternary_scale(slices_.first(k), slices_.first(k + 1));
+      if (is_small(k)) continue;
+      scales_[k] =
+          ternary_scale_of_slices<opmath_t>(slices_, slices_.first(k), slices_.first(k + 1), values_of);
     }
     at::parallel_for(0, slices_.scales(), 1, [&](int64_t from, int64_t to) {
       std::vector<opmath_t> values, kept;
       for (int64_t k = from; k < to; ++k) {
-        if (!is_small(k)) continue;
-        values.clear();
-        for_each_value(slices_[slices_.first(k)], [&](opmath_t y) { values.push_back(y); });
-        scales_[k] = math::exact_ternary_scale(values.data(), values.size(), kept);
+        if (is_small(k))
+          scales_[k] = ternary_scale_of_slice(slices_[slices_.first(k)], values_of, values, kept);
       }
     });
-  }
-
-  opmath_t large_ternary_scale(int64_t first, int64_t last) const {
-    math::MagnitudeHistogram<opmath_t> histogram;
-    std::mutex merging;  // in any order: what is merged are integers
-    at::parallel_for(first, last, 1, [&](int64_t from, int64_t to) {
-      math::MagnitudeHistogram<opmath_t> part;
-      for (int64_t i = from; i < to; ++i) for_each_value(slices_[i], [&](opmath_t y) { part.add(y); });
-      const std::lock_guard lock(merging);
-      histogram.merge(part);
-    });
-    std::vector<opmath_t> kept;
-    return math::exact_ternary_scale(histogram, kept, [&](const auto& search, opmath_t* out) {
-      std::vector<std::vector<opmath_t>> found(last - first);
-      at::parallel_for(first, last, 1, [&](int64_t from, int64_t to) {
-        for (int64_t i = from; i < to; ++i) {
-          for_each_value(slices_[i], [&, &mine = found[i - first]](opmath_t y) {
-            if (search.holds(y)) mine.push_back(std::abs(y));
-          });
-        }
-      });
-      for (const auto& part : found) out = std::copy(part.begin(), part.end(), out);
-    });
-  }
-
-  template <typename F>
-  void for_each_value(const Slice& slice, F&& f) const {
-    const auto& t = targets_[slice.target];
-    for_each_run(t.view, slice, [&](int64_t p, int64_t count) { std::for_each_n(t.y + p, count, f); });
   }
 
   void finish() {
@@ -213,7 +215,6 @@ class GroupStep {
 
   std::vector<Target<scalar_t>> targets_;
   Slices slices_;
-  std::vector<StepSums> sums_;       // of each slice
   std::vector<opmath_t> scales_;     // the new ones
   std::vector<opmath_t> levels_at_;  // what gives w their levels: the new scale, but for `lloyd` and `twn`
   const Rule rule_;

@@ -1,6 +1,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -41,46 +43,59 @@ class Slices {
   std::vector<int64_t> first_{0};
 };
 
-// Calls f(position, count) for the runs of consecutive memory in a slice.
+// Elements that are worked on while the first-level cache holds them.
+constexpr int64_t kLongestRun = 2048;
+
+// Calls f(position, count) for the runs of consecutive memory in a slice, kLongestRun elements at most.
 template <typename F>
 void for_each_run(const math::ChannelView& view, const Slice& slice, F&& f) {
-  if (view.channels == 1) return f(slice.begin, slice.end - slice.begin);
   for (int64_t j = slice.begin; j < slice.end;) {
-    const int64_t count = std::min(slice.end - j, view.inner - j % view.inner);
+    const int64_t to_next = view.channels == 1 ? kLongestRun : view.inner - j % view.inner;
+    const int64_t count = std::min({slice.end - j, to_next, kLongestRun});
     f(view.position(slice.channel, j), count);
     j += count;
   }
 }
 
-// Sums kept apart by lanes, so that one addition need not wait for the one before.
-template <typename T>
-class LaneSums {
- public:
-  // Adds the magnitudes f(i), i = 0 .. count - 1, and their levels.
-  template <typename F, typename Level>
-  void add(int64_t count, const Level& level, F&& f) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) add_one(lane, f(i + lane), level);
+// The levels of the magnitudes of a run. A loop of its own is what compilers turn into SIMD code.
+template <typename T, typename Level>
+void find_levels(const T* y, int64_t count, const Level level, T* q) {
+  for (int64_t i = 0; i < count; ++i) q[i] = level(std::abs(y[i]));
+}
+
+// What the values of a run say about one assignment of levels.
+template <typename T, typename Level>
+math::WeightFit fit_of(const T* y, int64_t count, const Level& level) {
+  T q[kLongestRun];
+  find_levels(y, count, level, q);
+  // Kept apart by lanes, so that one addition need not wait for the one before.
+  constexpr int kLanes = 8;
+  double overlap[kLanes] = {};
+  double energy[kLanes] = {};
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      overlap[lane] += double(std::abs(y[i + lane])) * double(q[i + lane]);
+      energy[lane] += double(q[i + lane]) * double(q[i + lane]);
     }
-    for (int lane = 0; i < count; ++i, ++lane) add_one(lane, f(i), level);
   }
-
-  math::StepSums total() const {
-    math::StepSums sums;
-    for (const auto& lane : lanes_) sums = sums + lane;
-    return sums;
+  math::WeightFit fit;
+  for (int lane = 0; lane < kLanes; ++lane) fit = {fit.energy + energy[lane], fit.overlap + overlap[lane]};
+  for (int64_t i = whole; i < count; ++i) {
+    fit = {fit.energy + double(q[i]) * double(q[i]), fit.overlap + double(std::abs(y[i])) * double(q[i])};
   }
+  return fit;
+}
 
- private:
-  static constexpr int kLanes = 8;
-
-  template <typename Level>
-  void add_one(int lane, T magnitude, const Level& level) {
-    lanes_[lane].add(magnitude, level(magnitude));
-  }
-
-  math::StepSums lanes_[kLanes];
-};
+// The sums over `count` consecutive values of y.
+template <typename T, typename Level, size_t N>
+math::StepSums<N> sums_of(const T* y, int64_t count, const std::array<Level, N>& levels) {
+  math::StepSums<N> sums;
+  for (size_t i = 0; i < N; ++i) sums.fits[i] = fit_of(y, count, levels[i]);
+  T peak = 0;
+  for (int64_t i = 0; i < count; ++i) peak = std::abs(y[i]) > peak ? std::abs(y[i]) : peak;
+  sums.peak = peak;
+  return sums;
+}
 
 }  // namespace torchqat

@@ -1,10 +1,11 @@
 #pragma once
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
-#include <limits>
 
 #include "torchqat/math/macros.h"
+#include "torchqat/math/weight_fit.h"
 #include "torchqat/math/weight_levels.h"
 
 // One step of blended coarse gradient descent (BCGD; Yin, Zhang, Lyu, Osher, Qi, Xin 2018), element by
@@ -28,7 +29,7 @@ struct StepRule {
     y = keep * y + blend * w;
     return y - lr * (g / divisor + weight_decay * y);
   }
-  // The same with momentum. The first buffer is the gradient itself, without dampening.
+  // The same with momentum. The first buffer is the direction itself, without dampening.
   TORCHQAT_HD T operator()(T y, T w, T g, T& buffer, bool first) const {
     y = keep * y + blend * w;
     const T d = g / divisor + weight_decay * y;
@@ -39,12 +40,21 @@ struct StepRule {
 
 // How the scale is found from the new y.
 enum class Projection {
-  mean,         // one bit: the mean of |y|, the optimum
-  ternary,      // two bits: the optimum
-  warm_lloyd,   // three bits and more: the best scale for the levels that the scale before assigns
-  start_lloyd,  // the best scale for the levels that the papers' step 2 max|y| / (2^bits - 1) assigns
-  twn,          // two bits: the mean of the |y| of at least 0.7 mean|y|
+  mean,     // one bit: the mean of |y|, the optimum
+  ternary,  // two bits: the optimum
+  warm,     // three bits and more: the scale that fits best among the levels by step sizes around the scale
+            // before
+  lloyd,    // the scale that fits the levels by the papers' step size 2 max|y| / (2^bits - 1)
+  twn,      // two bits: the mean of those |y| that are at least 0.7 mean|y|
 };
+
+// Step sizes that a warm start tries, as shares of the scale before. One Lloyd step alone stays in the next
+// local optimum, of which there are many at eight bits; the neighbours get it out.
+constexpr int kWarmSteps = 5;
+TORCHQAT_HD inline double warm_share(int i) {
+  constexpr double shares[kWarmSteps] = {1, 31. / 32, 33. / 32, 7. / 8, 9. / 8};
+  return shares[i];
+}
 
 // The level of a magnitude, by one of three rules.
 template <typename T>
@@ -52,59 +62,84 @@ struct TopLevel {
   TORCHQAT_HD T operator()(T) const { return T(1); }
 };
 template <typename T>
-struct NearestLevel {
-  T step;
-  int64_t bits;
-  TORCHQAT_HD T operator()(T magnitude) const { return weight_level(magnitude, step, bits); }
-};
-template <typename T>
 struct KeptLevel {
   T threshold;
   TORCHQAT_HD T operator()(T magnitude) const { return magnitude >= threshold ? T(1) : T(0); }
 };
+// weight_level for two bits and more, in operations that a compiler turns into SIMD code. NaN has the top
+// level.
+template <typename T>
+struct NearestLevel {
+  T step = 1;
+  T top = 0;
 
-template <typename T, typename Level>
-TORCHQAT_HD T signed_level(T y, const Level& level) {
-  const T q = level(std::abs(y));
-  return y < T(0) ? -q : q;
-}
-
-// What a pass over y adds up: <|y|, q>, <q, q> and the largest |y|. A y that is not finite leaves its mark in
-// the overlap, as 0 * inf is NaN.
-struct StepSums {
-  double overlap = 0;
-  double energy = 0;
-  double peak = 0;
-
-  template <typename T>
-  TORCHQAT_HD void add(T magnitude, T level) {
-    overlap += static_cast<double>(magnitude) * static_cast<double>(level);
-    energy += static_cast<double>(level) * static_cast<double>(level);
-    peak = magnitude > peak ? magnitude : peak;
+  NearestLevel() = default;
+  TORCHQAT_HD NearestLevel(T step, int64_t bits) {
+    if (!(step > T(0))) return;
+    this->step = step;
+    top = static_cast<T>(weight_top(bits));
   }
-  TORCHQAT_HD StepSums operator+(const StepSums& other) const {
-    return {overlap + other.overlap, energy + other.energy, peak > other.peak ? peak : other.peak};
-  }
-
-  TORCHQAT_HD bool finite() const { return overlap - overlap == 0; }
-  // The best scale for the levels; 0 where there are none, NaN where a y is not finite.
-  TORCHQAT_HD double scale() const {
-    return finite() ? (energy > 0 ? overlap / energy : 0) : overlap - overlap;
-  }
-  // The papers' step size.
-  TORCHQAT_HD double start(int64_t bits) const {
-    return finite() ? 2 * peak / static_cast<double>((1 << bits) - 1) : overlap - overlap;
+  TORCHQAT_HD T operator()(T magnitude) const {
+    T t = magnitude / step - T(0.5);
+    t = t < top ? t : top;
+    const T whole = static_cast<T>(static_cast<int>(t));
+    return whole + (t > whole ? T(1) : T(0));
   }
 };
 
-// The scale after the first pass over y: final for `mean` and `warm_lloyd`, for the others what the second
-// pass assigns levels by. Where the scale before assigned no levels, a warm start has the papers' step
-// instead.
-TORCHQAT_HD inline double scale_after_update(const StepSums& sums, Projection projection, int64_t bits) {
+template <typename T, typename Level>
+TORCHQAT_HD T signed_level(T y, const Level& level) {
+  return (y < T(0) ? T(-1) : T(1)) * level(std::abs(y));
+}
+
+// What a pass over y adds up: how well N assignments of levels fit, and the largest |y|. A y that is not
+// finite leaves its mark in every overlap, as 0 * inf is NaN.
+template <size_t N>
+struct StepSums {
+  WeightFit fits[N];
+  double peak = 0;
+
+  template <typename T, typename Level>
+  TORCHQAT_HD void add(T magnitude, const Level (&levels)[N]) {
+    for (size_t i = 0; i < N; ++i) {
+      const double q = levels[i](magnitude);
+      fits[i].overlap += static_cast<double>(magnitude) * q;
+      fits[i].energy += q * q;
+    }
+    peak = magnitude > peak ? magnitude : peak;
+  }
+  TORCHQAT_HD StepSums operator+(const StepSums& other) const {
+    StepSums sum;
+    for (size_t i = 0; i < N; ++i) {
+      sum.fits[i] = {fits[i].energy + other.fits[i].energy, fits[i].overlap + other.fits[i].overlap};
+    }
+    sum.peak = other.peak > peak ? other.peak : peak;
+    return sum;
+  }
+
+  // x, or NaN where a y is not finite.
+  TORCHQAT_HD double checked(double x) const { return x + (fits[0].overlap - fits[0].overlap); }
+  TORCHQAT_HD double scale() const { return checked(fits[0].scale()); }
+  // The papers' step size.
+  TORCHQAT_HD double start(int64_t bits) const {
+    return checked(2 * peak / static_cast<double>((1 << bits) - 1));
+  }
+  // The scale of the best of the assignments; the papers' step size where none of them has a level but 0.
+  TORCHQAT_HD double best_scale(int64_t bits) const {
+    WeightFit best;
+    for (const auto& fit : fits) best = fit.score() > best.score() ? fit : best;
+    return best.energy > 0 ? checked(best.scale()) : start(bits);
+  }
+};
+
+// The scale after the pass that made y: final for `mean` and `warm`, for `lloyd` and `twn` what gives y its
+// levels.
+template <size_t N>
+TORCHQAT_HD double scale_after_update(const StepSums<N>& sums, Projection projection, int64_t bits) {
   switch (projection) {
-    case Projection::warm_lloyd:
-      return sums.energy > 0 ? sums.scale() : sums.start(bits);
-    case Projection::start_lloyd:
+    case Projection::warm:
+      return sums.best_scale(bits);
+    case Projection::lloyd:
       return sums.start(bits);
     case Projection::twn:
       return 0.7 * sums.scale();
@@ -113,9 +148,7 @@ TORCHQAT_HD inline double scale_after_update(const StepSums& sums, Projection pr
   }
 }
 
-// True where the second pass over y adds up what the first step's levels give.
-TORCHQAT_HD constexpr bool needs_second_sums(Projection p) {
-  return p == Projection::start_lloyd || p == Projection::twn;
-}
+// True where another pass over y fits the scale to the levels.
+TORCHQAT_HD constexpr bool refits(Projection p) { return p == Projection::lloyd || p == Projection::twn; }
 
 }  // namespace torchqat::math

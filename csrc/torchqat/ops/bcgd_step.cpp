@@ -52,9 +52,9 @@ void bump_versions(const BcgdStep& s) {
 math::Projection projection_of(std::string_view method, int64_t bits) {
   using math::Projection;
   if (bits == 1) return Projection::mean;
-  if (method == "lloyd") return Projection::start_lloyd;
+  if (method == "lloyd") return Projection::lloyd;
   if (method == "twn") return Projection::twn;
-  return bits == 2 ? Projection::ternary : Projection::warm_lloyd;
+  return bits == 2 ? Projection::ternary : Projection::warm;
 }
 
 BcgdItems::BcgdItems(const BcgdStep& s, at::ScalarType dtype) {

@@ -1,4 +1,4 @@
-"""prepare: every ReLU call gets a staircase of its own. calibrate: every staircase the step that fits its input."""
+"""prepare: every ReLU call gets a staircase of its own. calibrate: every staircase its best step size."""
 
 import copy
 import io

@@ -14,29 +14,31 @@ from torchqat.step_size import Histogram
 def calibrate(model: nn.Module, batches: Iterable) -> nn.Module:
     """Sets the step size of every StaircaseReLU of a model to the one that fits its inputs best, in place.
 
-    Best is the least mean squared error of the staircase against the positive part of what the module was given,
-    over all batches; per channel where the module has a step per channel. All modules are set from one pass over
-    the data, in which they act as plain ReLUs: each step size fits the activations of the network before
-    quantisation. (Fitting them one after the other, each to the already quantised ones before it, costs a pass per
-    layer; training adapts the rest.) The inputs are counted in histograms, so that memory does not grow with the data.
+    Best is the least mean squared error of the staircase against the positive part of what the module was
+    given, over all batches; per channel where the module has a step per channel. All modules are set from
+    one pass over the data, in which they act as plain ReLUs: each step size fits the activations of the
+    network before quantisation. (Fitting them one after the other, each to the already quantised ones
+    before it, costs a pass per layer; training adapts the rest.) The inputs are counted in histograms, so
+    that memory does not grow with the data.
 
-    The pass runs without gradients and in eval mode. Training modes, the statistics of batch normalisation and the
-    state of the random generators are afterwards what they were; the same batches give the same step sizes. Step
-    sizes are never less than the module's ``alpha_min``. A module that is never called or never sees a positive value
-    keeps its step size, and a warning names it; another names those that are called more than once per batch.
+    The pass runs without gradients and in eval mode. Training modes, the statistics of batch
+    normalisation and the state of the random generators are afterwards what they were; the same batches
+    give the same step sizes. Step sizes are never less than the module's ``alpha_min``. A module that is
+    never called or never sees a positive value keeps its step size, and a warning names it; another names
+    those that are called more than once per batch.
 
     Args:
         model: a model with StaircaseReLUs, for example from :func:`torchqat.prepare`.
-        batches: what to run: an iterable of input tensors, of tuples or lists that begin with one (as a data loader
-            gives ``(images, labels)``), or of dicts of keyword arguments. A few hundred samples are enough. They are
-            moved to the device of the model's first parameter.
+        batches: what to run: an iterable of input tensors, of tuples or lists that begin with one (as a
+            data loader gives ``(images, labels)``), or of dicts of keyword arguments. A few hundred
+            samples are enough. They are moved to the device of the model's first parameter.
 
     Returns:
         nn.Module: ``model``.
 
     Raises:
-        ValueError: the model has no StaircaseReLU, there is no batch, or a StaircaseReLU is given NaN or infinity.
-            No step size has changed then.
+        ValueError: the model has no StaircaseReLU, there is no batch, or a StaircaseReLU is given NaN or
+            infinity. No step size has changed then.
 
     Example:
         >>> import torchqat

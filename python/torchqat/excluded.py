@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Excluded:
-    """Whether a module is to be left alone: by its qualified name, by its type, or as a part of one that is."""
+    """Whether a module is to be left alone: by its name, by its type, or as a part of one that is."""
 
     def __init__(self, caller: str, exclude: str | type | Iterable[str | type], model: nn.Module):
         exclude = (exclude,) if isinstance(exclude, (str, type)) else tuple(exclude)

@@ -20,7 +20,7 @@ class PrepareReport:
     Attributes:
         replaced: the names of the StaircaseReLUs it made.
         not_replaced: one line for each ReLU that it found and could not replace: where, and why.
-        shared: one line for each StaircaseReLU that is called more than once a forward: its calls share a step.
+        shared: one line for each StaircaseReLU that a forward calls more than once: the calls share a step.
     """
 
     replaced: list[str] = field(default_factory=list)
@@ -98,7 +98,7 @@ def prepare(
 
 
 def _replace_modules(model, new, left_alone, report) -> dict[nn.Module, bool]:
-    """Fills every place that holds a ReLU with a StaircaseReLU of its own; which of those ReLUs worked in place."""
+    """Puts a StaircaseReLU of its own wherever a ReLU is; returns which of those ReLUs worked in place."""
     made = {}
     for name, owner in list(model.named_modules()):
         for slot, child in list(owner._modules.items()):

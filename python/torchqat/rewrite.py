@@ -33,7 +33,7 @@ class _OwnForward(fx.Tracer):
 
 
 def own_graph(module: nn.Module) -> fx.Graph:
-    """The graph of `module`'s own forward, or Untraceable where a trace would not mean what the code means."""
+    """The graph of `module`'s own forward; Untraceable where a trace would not mean what the code does."""
     for parameter in inspect.signature(module.forward).parameters.values():
         # fx would take `mask is not None` for true, whatever is passed.
         if parameter.default is not parameter.empty or parameter.kind in (
@@ -184,5 +184,5 @@ def calls_in_source(module: nn.Module) -> list[tuple[str, str]]:
 
 
 def is_functional_relu(callee: str) -> bool:
-    """Whether an expression as it stands in source, e.g. "F.relu" or "x.relu_", is a ReLU that is not a module."""
+    """Whether an expression in source, such as "F.relu" or "x.relu_", is a ReLU that is not a module."""
     return callee.split(".")[-1] in ("relu", "relu_", "relu6") and not callee.startswith("self.")

@@ -1,0 +1,192 @@
+"""Trains a classifier in float, quantises it, trains on with blended coarse gradients, and compares.
+
+    python examples/train_classifier.py                            # digits, 1-bit weights, 2-bit activations
+    python examples/train_classifier.py --seeds 0 1 2 3 4          # the same five times: mean and spread
+    python examples/train_classifier.py --dataset cifar10 --model resnet20 --act-bits 4 --device cuda
+
+Everything goes to --out: a checkpoint per epoch, both networks with their weights packed, metrics and plots.
+Ctrl-C leaves a good checkpoint; the same command with --resume goes on from it, bit for bit.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import checkpoint
+import data
+import models
+import packing
+import plots
+import torch
+import torchqat
+from options import parse_arguments
+from torch.nn import functional as F
+from torchqat.optim import BCGD, param_groups
+from tqdm import tqdm
+
+
+def main() -> None:
+    args = parse_arguments(__doc__)
+    checkpoint.stop_on_signals()
+    torch.set_num_threads(args.threads)
+    try:
+        dataset = data.load(args.dataset, args.data_dir).subset(args.subset)
+        report([Run(args, seed, dataset).go() for seed in args.seeds], args)
+    except (data.DataError, checkpoint.CheckpointError, packing.PackingError) as error:
+        checkpoint.fail(str(error))
+    except checkpoint.Stopped as stop:
+        print(f"\nstopped. {args.out} has the last whole epoch; the same command with --resume goes on there")
+        raise SystemExit(stop.exit_code) from None
+
+
+class Run:
+    """One seed: float training, quantisation, quantised training, files."""
+
+    def __init__(self, args: argparse.Namespace, seed: int, dataset: data.Data):
+        self.args, self.seed, self.dataset = args, seed, dataset
+        self.folder = args.out / f"seed-{seed}"
+        self.checkpoint = self.folder / "checkpoint.pt"
+        self.saved = None
+        if args.resume and self.checkpoint.exists():
+            self.saved = checkpoint.load(self.checkpoint, args.settings, seed)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.progress = self.saved["progress"] if self.saved else {"history": [], "bytes": {}, "seconds": 0.0}
+
+    def go(self) -> dict:
+        """Trains, writes every file, and returns what metrics.json holds."""
+        args, dataset = self.args, self.dataset
+        torch.manual_seed(self.seed)
+        model = models.MODELS[args.model](dataset.channels, dataset.size, dataset.classes).to(args.device)
+        if self.saved is None and args.float_weights:
+            packing.load_into(model, args.float_weights)
+        if self.saved is None or self.saved["stage"] == "float":
+            self.train(
+                "float", model, torch.optim.SGD(model.parameters(), args.float_lr, **self.sgd_options())
+            )
+            self.progress["bytes"]["float"] = packing.save(self.folder / "float.tqat", model)
+
+        torchqat.prepare(model, args.act_bits, ste=args.ste, alpha_grad=args.alpha_grad)
+        if self.saved is None:
+            torchqat.calibrate(model, [dataset.normalised(dataset.images[:1000], args.device)])
+        optimizer = self.quantising_optimizer(model)
+        self.train("quantised", model, optimizer)
+        weights = packing.quantised_weights(optimizer)
+        self.progress["bytes"]["quantised"] = packing.save(self.folder / "quantised.tqat", model, weights)
+        if not args.no_plots:
+            images = dataset.normalised(dataset.test_images[:1000], args.device)
+            plots.draw_all(self.folder, self.progress["history"], model, optimizer, images)
+        return self.metrics()
+
+    def sgd_options(self) -> dict:
+        return {"momentum": self.args.momentum, "weight_decay": self.args.weight_decay}
+
+    def quantising_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        args = self.args
+        groups = param_groups(
+            model,
+            args.weight_bits if args.optimizer == "bcgd" else None,
+            quantize_first=not args.keep_first_last_float,
+            quantize_last=not args.keep_first_last_float,
+            channel_dim=0 if args.per_channel else None,
+            method=args.method,
+        )
+        if args.optimizer == "adam":
+            return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay)
+        return BCGD(groups, args.lr, blend=args.blend, **self.sgd_options())
+
+    def train(self, stage: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Trains for the epochs of a stage, or what is left of them; a checkpoint before and after each."""
+        epochs = self.args.epochs
+        if stage == "float":
+            epochs = 0 if self.args.float_weights else self.args.float_epochs
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(epochs, 1))
+        start = 0
+        if self.saved:
+            checkpoint.restore(self.saved, model, optimizer, schedule)
+            start, self.saved = self.saved["epoch"], None
+        else:
+            self.end_epoch(stage, 0, epochs, model, optimizer, schedule, loss=None)
+        for epoch in range(start + 1, epochs + 1):
+            began = time.perf_counter()
+            loss = self.train_epoch(f"{stage} {epoch}/{epochs}", model, optimizer)
+            schedule.step()
+            self.progress["seconds"] += time.perf_counter() - began
+            self.end_epoch(stage, epoch, epochs, model, optimizer, schedule, loss)
+
+    def train_epoch(self, title: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> float:
+        """The mean loss of one epoch."""
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        batches = self.dataset.batches(self.args.batch_size, self.args.device)
+        for images, labels in tqdm(batches, title, leave=False, disable=None, unit="batch"):
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()  # BCGD: y <- (1 - rho) y + rho w - lr * coarse gradient at w, then w <- Proj(y)
+            total += loss.detach() * len(labels)
+        return total.item() / len(self.dataset.labels)
+
+    def end_epoch(self, stage, epoch, epochs, model, optimizer, schedule, loss: float | None) -> None:
+        images = self.dataset.normalised(self.dataset.test_images, self.args.device)
+        hits = models.class_scores(model, images).argmax(1).cpu() == self.dataset.test_labels
+        accuracy = 100 * hits.double().mean().item()
+        self.progress["history"].append({"stage": stage, "epoch": epoch, "loss": loss, "accuracy": accuracy})
+        states = [thing.state_dict() for thing in (model, optimizer, schedule)]
+        place = {"stage": stage, "epoch": epoch, "progress": self.progress, "states": states}
+        checkpoint.save(self.checkpoint, self.args.settings, self.seed, **place)
+        shown = "" if loss is None else f"loss {loss:.4f}  "
+        print(
+            f"seed {self.seed}  {stage:9} epoch {epoch:3}/{epochs}  {shown}test accuracy {accuracy:.2f} %",
+            flush=True,
+        )
+
+    def metrics(self) -> dict:
+        last = {entry["stage"]: entry["accuracy"] for entry in self.progress["history"]}
+        result = {"seed": self.seed, "accuracy": last, **self.progress}
+        _write_json(self.folder / "metrics.json", {**_conditions(self.args), **result})
+        return result
+
+
+def report(results: list[dict], args: argparse.Namespace) -> None:
+    """Prints the table and writes the numbers of all seeds."""
+    bits = {
+        "float": "32 / 32",
+        "quantised": f"{args.weight_bits if args.optimizer == 'bcgd' else 32} / {args.act_bits}",
+    }
+    summary, several = {}, len(results) > 1
+    print(f"\n{args.dataset}, {args.model}: test accuracy after the last epoch", end="")
+    print(
+        f", mean and standard deviation of {len(results)} seeds"
+        if several
+        else f", seed {results[0]['seed']}"
+    )
+    print(f"{'':10} {'bits of weights / activations':>30} {'accuracy':>16} {'size on disk':>15}")
+    for stage, width in bits.items():
+        accuracy = [result["accuracy"][stage] for result in results]
+        size = results[0]["bytes"][stage]
+        mean, spread = statistics.fmean(accuracy), statistics.stdev(accuracy) if several else 0.0
+        summary[stage] = {"mean": mean, "spread": spread, "accuracy": accuracy, "bytes": size}
+        shown = f"{mean:.2f} +- {spread:.2f} %" if several else f"{mean:.2f} %"
+        print(f"{stage:10} {width:>30} {shown:>16} {size:>9,} bytes")
+    gain = summary["quantised"]["mean"] - summary["float"]["mean"]
+    ratio = summary["float"]["bytes"] / summary["quantised"]["bytes"]
+    seconds = sum(result["seconds"] for result in results)
+    print(f"quantised: {gain:+.2f} points, {ratio:.1f} times smaller")
+    print(f"{seconds:.1f} s of training on {args.threads} threads; everything is in {args.out}")
+    _write_json(args.out / "metrics.json", {**_conditions(args), "seconds": seconds, **summary})
+
+
+def _conditions(args: argparse.Namespace) -> dict:
+    where = {"device": args.device, "threads": args.threads}
+    return {"settings": args.settings, **where, "torch": torch.__version__, "torchqat": torchqat.__version__}
+
+
+def _write_json(path, content: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    main()

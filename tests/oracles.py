@@ -67,3 +67,55 @@ def staircase_grads(grad, x, alpha, bits, ste, rule, channel_dim=1):
     else:
         grad_alpha = terms.movedim(channel_dim, 0).flatten(1).sum(1)
     return grad_x.to(x.dtype), grad_alpha
+
+
+# ---- weight quantisation: BCGD, section 3; the optimum by trying every breakpoint of the step size ----
+
+
+def top_level(bits):
+    return 1 if bits == 1 else 2 ** (bits - 1) - 1
+
+
+def nearest_level(w, step, bits):
+    """Level j on (j - 1/2, j + 1/2] * step, both signs; at one bit the sign, that of 0 being +."""
+    if bits == 1:
+        return torch.where(w < 0, -torch.ones_like(w), torch.ones_like(w))
+    top = top_level(bits)
+    ratio = w.abs() / step
+    level = torch.zeros_like(w)
+    for j in range(1, top + 1):
+        level = torch.where(ratio > j - 0.5, torch.full_like(w, j), level)
+    return level * torch.sign(w)
+
+
+def best_scale_for(w, q):
+    """The least-squares scale of given levels, in float64."""
+    w, q = w.double(), q.double()
+    energy = (q * q).sum()
+    return (w * q).sum() / energy if energy > 0 else torch.zeros((), dtype=torch.float64, device=w.device)
+
+
+def exact_scale(w, bits):
+    """As the step falls, |w| gains level j at |w| / (j - 1/2): all of these in order, and the best fit of all."""
+    magnitude = w.double().abs().flatten()
+    if bits == 1:
+        return magnitude.mean()
+    j = torch.arange(1, top_level(bits) + 1, dtype=torch.float64, device=w.device)
+    breakpoints = (magnitude[:, None] / (j - 0.5)).flatten()
+    order = breakpoints.argsort(descending=True, stable=True)
+    overlap = magnitude[:, None].expand(-1, len(j)).flatten()[order].cumsum(0)
+    energy = (2 * j - 1).expand(len(magnitude), -1).flatten()[order].cumsum(0)
+    best = (overlap / energy.sqrt()).argmax()
+    return overlap[best] / energy[best]
+
+
+def lloyd_scale(w, bits):
+    """(step that assigns the levels, best scale for them): one Lloyd step from 2 max|w| / (2^b - 1)."""
+    step = (2 * w.double().abs().max() / (2**bits - 1)).to(opmath(w).dtype)
+    return step, best_scale_for(w, nearest_level(opmath(w), step, bits))
+
+
+def twn_levels(w):
+    """Ternary weight networks (Li, Zhang, Liu 2016): what is at least 0.7 of the mean magnitude is kept."""
+    threshold = (0.7 * w.double().abs().mean()).to(opmath(w).dtype)
+    return torch.sign(w) * (opmath(w).abs() >= threshold)

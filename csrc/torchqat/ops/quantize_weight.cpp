@@ -62,6 +62,8 @@ auto codes_op() {
 std::tuple<at::Tensor, at::Tensor> quantize_weight_autograd(const at::Tensor& weight, int64_t bits,
                                                             std::string_view method,
                                                             std::optional<int64_t> channel_dim) {
+  check("quantize_weight", weight, bits,
+        channel_dim);  // other layouts than strided have no backend that would
   check_not_differentiated("quantize_weight", weight);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return quantize_op().call(weight, bits, method, channel_dim);
@@ -69,6 +71,7 @@ std::tuple<at::Tensor, at::Tensor> quantize_weight_autograd(const at::Tensor& we
 
 at::Tensor weight_codes_autograd(const at::Tensor& weight, const at::Tensor& scale, int64_t bits,
                                  std::optional<int64_t> channel_dim) {
+  check("weight_codes", weight, bits, channel_dim);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return codes_op().call(weight, scale, bits, channel_dim);
 }

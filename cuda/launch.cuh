@@ -8,9 +8,6 @@
 #include <cub/block/block_reduce.cuh>
 #include <type_traits>
 
-// What all kernels share: the one way to start one, grids that depend on shapes alone, 16-byte memory
-// accesses, and sums whose order is fixed, so that a result repeats bit for bit from run to run and from
-// device to device.
 // Loops over a Pack: unrolled, its elements stay in registers.
 #ifdef __CUDACC__
 #define TORCHQAT_UNROLL _Pragma("unroll")
@@ -18,6 +15,9 @@
 #define TORCHQAT_UNROLL
 #endif
 
+// What all kernels share: the one way to start one, grids that depend on shapes alone, 16-byte memory
+// accesses, and sums whose order is fixed, so that a result repeats bit for bit from run to run and from
+// device to device.
 namespace torchqat::cuda {
 
 constexpr int kThreads = 256;

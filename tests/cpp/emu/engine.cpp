@@ -42,13 +42,11 @@ std::string failure;
 
 std::string text(const Site& site) {
   std::ostringstream out;
-  out << site.file_name() << ":" << site.line();
+  out << site.file << ":" << site.line;
   return out.str();
 }
 
-bool same(const Site& a, const Site& b) {
-  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
-}
+bool same(const Site& a, const Site& b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
 
 std::vector<unsigned> order_of(unsigned n, unsigned seed) {
   std::vector<unsigned> order(n);

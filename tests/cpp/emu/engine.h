@@ -3,7 +3,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <source_location>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -31,7 +30,14 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-using Site = std::source_location;
+// Where in a kernel threads meet. (std::source_location needs clang 16.)
+struct Site {
+  const char* file = "";
+  int line = 0;
+  static constexpr Site current(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
+};
 
 void run_grid(dim3 grid, dim3 block, size_t dynamic_shared, const std::function<void()>& thread_body);
 

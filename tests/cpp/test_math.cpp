@@ -190,7 +190,7 @@ TYPED_TEST(Math, StaircaseIsNanUnlessAlphaIsPositive) {
   }
 }
 
-// One cell that never ends. (At x = alpha = inf the quotient, and so the value, is NaN.)
+// One cell that never ends.
 TYPED_TEST(Math, StaircaseOfInfiniteAlpha) {
   using T = TypeParam;
   const Staircase<T> stair(kInf<T>, 2);

@@ -11,6 +11,10 @@
 
 // Runs the blocks of a grid one after the other, and the threads of a block as fibers. Whatever a device
 // leaves open (the order of blocks and threads, what shared memory holds at first) is chosen by `world`.
+//
+// Not found here: races that no order of whole threads between barriers brings out; what depends on blocks
+// that run at the same time; and writes past a __shared__ variable through a pointer (by index they are
+// found).
 namespace emu {
 
 constexpr unsigned kWarpSize = 32;

@@ -3,6 +3,10 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <array>
+#include <cstring>
+
 #include "torchqat/math/region_code.h"
 #include "torchqat/math/staircase_backward.h"
 #include "torchqat/ops/layout.h"
@@ -53,13 +57,48 @@ void for_each_element(int64_t n, const ChannelView& view, const std::vector<Stai
   });
 }
 
-void pack(const Region* regions, int64_t count, uint16_t* words) {
-  for (int64_t w = 0; w < math::region_words(count); ++w) {
-    const int64_t in_word = std::min<int64_t>(math::kRegionsPerWord, count - w * math::kRegionsPerWord);
-    uint16_t word = 0;
-    for (int64_t i = 0; i < in_word; ++i) word |= math::region_bits(regions[w * math::kRegionsPerWord + i], i);
-    words[w] = word;
+// Between eight regions, a byte each, and the word that holds them; eight at a time, by multiplication and by table.
+uint16_t pack_word(const Region* regions) {
+  uint64_t bytes;
+  std::memcpy(&bytes, regions, sizeof(bytes));
+  const auto gather = [](uint64_t low_bits) { return low_bits * 0x0102040810204080U >> 56; };
+  return static_cast<uint16_t>(gather(bytes & 0x0101010101010101U) | gather(bytes >> 1 & 0x0101010101010101U) << 8);
+}
+
+constexpr auto kSpread = [] {
+  std::array<uint64_t, 256> spread{};
+  for (uint64_t byte = 0; byte < 256; ++byte) {
+    for (int i = 0; i < 8; ++i) spread[byte] |= (byte >> i & 1) << (8 * i);
   }
+  return spread;
+}();
+
+void unpack_word(uint16_t word, Region* regions) {
+  const uint64_t bytes = kSpread[word & 0xFF] | kSpread[word >> 8] << 1;
+  std::memcpy(regions, &bytes, sizeof(bytes));
+}
+
+// A tile's regions; what lies past the last element in the last word is 0.
+void pack(Region* tile, int64_t count, uint16_t* words) {
+  const int64_t padded = math::region_words(count) * math::kRegionsPerWord;
+  std::fill(tile + count, tile + padded, Region::below);
+  for (int64_t w = 0; w * math::kRegionsPerWord < count; ++w) words[w] = pack_word(tile + w * math::kRegionsPerWord);
+}
+
+void unpack(const uint16_t* words, int64_t count, Region* tile) {
+  for (int64_t w = 0; w * math::kRegionsPerWord < count; ++w) unpack_word(words[w], tile + w * math::kRegionsPerWord);
+}
+
+// In eight fixed lanes, which is what lets the compiler use vectors.
+template <typename T>
+double sum(const T* values, int64_t count) {
+  double lane[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    for (int k = 0; k < 8; ++k) lane[k] += static_cast<double>(values[i + k]);
+  }
+  for (; i < count; ++i) lane[i % 8] += static_cast<double>(values[i]);
+  return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
 }
 
 at::Tensor forward(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, std::string_view ste,
@@ -126,25 +165,30 @@ std::tuple<at::Tensor, at::Tensor> forward_with_regions(const at::Tensor& x, con
   return {y, regions};
 }
 
-// grad_x, and grad_alpha summed in an order that the shapes alone fix: chunks of a set size, float64 within and across.
-template <typename scalar_t, typename ElementGrad>
+// grad_x, and grad_alpha summed in an order that the shapes alone fix: chunks of a set size, float64 across elements.
+// `tile_grads(begin, end)` prepares a tile and returns a function of (incoming gradient, element, channel).
+template <typename scalar_t, typename TileGrads>
 void backward_loop(const scalar_t* grad, scalar_t* grad_x, const at::Tensor& grad_alpha, int64_t n,
-                   const ChannelView& view, ElementGrad&& element_grad) {
+                   const ChannelView& view, TileGrads&& tile_grads) {
   using opmath_t = at::opmath_type<scalar_t>;
-  const int64_t chunk = std::max<int64_t>(at::internal::GRAIN_SIZE, 8 * view.channels);
+  const int64_t chunk = at::divup(std::max<int64_t>(at::internal::GRAIN_SIZE, 8 * view.channels), kTile) * kTile;
   const int64_t chunks = at::divup(n, chunk);
   auto partial = at::zeros({chunks, view.channels}, at::kDouble);
   auto* sums = partial.mutable_data_ptr<double>();
   at::parallel_for(0, chunks, 1, [&](int64_t from, int64_t to) {
-    for (int64_t k = from; k < to; ++k) {
-      for_each_run(view, k * chunk, std::min(n, (k + 1) * chunk), [&](int64_t first, int64_t last, int64_t channel) {
-        double sum = 0;
+    opmath_t terms[kTile];
+    Region regions[kTile];
+    for (int64_t begin = from * chunk; begin < std::min(n, to * chunk); begin += kTile) {
+      auto* const chunk_sums = sums + begin / chunk * view.channels;
+      const int64_t end = std::min(n, begin + kTile);
+      const auto element_grad = tile_grads(begin, end, regions);
+      for_each_run(view, begin, end, [&](int64_t first, int64_t last, int64_t channel) {
         for (int64_t i = first; i < last; ++i) {
           const auto g = element_grad(static_cast<opmath_t>(grad[i]), i, channel);
           grad_x[i] = static_cast<scalar_t>(g.x);
-          sum += static_cast<double>(g.alpha);
+          terms[i - begin] = g.alpha;
         }
-        sums[k * view.channels + channel] += sum;
+        chunk_sums[channel] += sum(terms + (first - begin), last - first);
       });
     }
   });
@@ -176,16 +220,19 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
     with_ste(ste, [&]<typename Ste>(Ste) {
       if (from_regions) {
         const auto* words = reinterpret_cast<const uint16_t*>(kept.const_data_ptr<uint8_t>());
-        const auto table = math::region_backward<opmath_t, Ste>(slope);
-        backward_loop(g, out, grad_alpha, grad.numel(), view, [&](opmath_t v, int64_t i, int64_t) {
-          return table(v, math::region_at(words[i / math::kRegionsPerWord], i % math::kRegionsPerWord));
+        const auto grads = math::region_backward<opmath_t, Ste>(slope);
+        backward_loop(g, out, grad_alpha, grad.numel(), view, [&](int64_t begin, int64_t end, Region* tile) {
+          unpack(words + begin / math::kRegionsPerWord, end - begin, tile);
+          return [=](opmath_t v, int64_t i, int64_t) { return grads(v, tile[i - begin]); };
         });
       } else {
         const auto* x = kept.const_data_ptr<scalar_t>();
         const auto stairs = staircases<opmath_t>(alpha, bits);
         const math::ValueBackward<Ste, opmath_t> at_x{slope};
-        backward_loop(g, out, grad_alpha, grad.numel(), view, [&](opmath_t v, int64_t i, int64_t channel) {
-          return at_x(v, static_cast<opmath_t>(x[i]), stairs[channel]);
+        backward_loop(g, out, grad_alpha, grad.numel(), view, [&](int64_t, int64_t, Region*) {
+          return [&](opmath_t v, int64_t i, int64_t channel) {
+            return at_x(v, static_cast<opmath_t>(x[i]), stairs[channel]);
+          };
         });
       }
     });

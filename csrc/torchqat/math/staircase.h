@@ -31,11 +31,15 @@ struct Staircase {
   }
 
   // Step index, 0..top; NaN at x = NaN. The division is a true one: x * (1 / alpha) would move points
-  // that lie on the grid up a step. The lower clamp serves x so small that x / alpha underflows.
+  // that lie on the grid up a step. The quotient is bounded first, so that its ceiling can be taken through
+  // an integer: every processor has vectors for that. The lower clamp serves x so small that x / alpha underflows.
   TORCHQAT_HD T level(T x) const {
-    const T k = std::ceil(x / alpha);
-    const T step = k < T(1) ? T(1) : (k > top ? top : k);
-    return x > T(0) ? step : (x <= T(0) ? zero : x);
+    T quotient = x / alpha;
+    quotient = quotient > T(0) ? quotient : T(0);
+    quotient = quotient < top ? quotient : top;
+    const T whole = static_cast<T>(static_cast<int>(quotient));
+    const T k = whole < quotient ? whole + T(1) : whole;
+    return x > T(0) ? (k < T(1) ? T(1) : k) + zero : (x <= T(0) ? zero : x);
   }
 
   // The step index as an integer. NaN has no step: 0.
@@ -49,10 +53,11 @@ struct Staircase {
     return k > T(0) ? alpha * k : k;  // never -0, and 0 rather than 0 * inf
   }
 
+  // Comparisons alone, without a branch: NaN, in x or by alpha, fails them all and sets both bits.
   TORCHQAT_HD Region region(T x) const {
-    if (x <= zero) return Region::below;
-    if (x <= bound) return Region::inside;
-    return x > bound ? Region::above : Region::nan;
+    const unsigned inside_or_nan = static_cast<unsigned>(!(x <= zero)) & static_cast<unsigned>(!(x > bound));
+    const unsigned above_or_nan = static_cast<unsigned>(!(x <= bound));
+    return static_cast<Region>(inside_or_nan | above_or_nan << 1);
   }
 };
 

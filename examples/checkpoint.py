@@ -1,9 +1,11 @@
 """Checkpoints that survive being interrupted, and are refused when they do not fit."""
 
+import contextlib
 import os
 import pickle
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,17 +17,23 @@ class CheckpointError(Exception):
     """The checkpoint cannot be used; the message says why."""
 
 
-def save(path: Path, settings: dict, seed: int, **state) -> None:
-    """Writes a checkpoint with the state of the random generators. `path` is always whole, the old or the new."""
-    random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary file to write to, which then takes the place of `path`; removed if anything goes wrong."""
     temporary = path.with_suffix(".tmp")
     try:
-        torch.save(
-            {"format": FORMAT, "settings": settings, "seed": seed, "random": random, **state}, temporary
-        )
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save(path: Path, settings: dict, seed: int, **state) -> None:
+    """Writes a checkpoint, with the state of the random generators."""
+    random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    content = {"format": FORMAT, "settings": settings, "seed": seed, "random": random, **state}
+    with written_whole(path) as temporary:
+        torch.save(content, temporary)
 
 
 def load(path: Path, settings: dict, seed: int) -> dict:
@@ -48,8 +56,11 @@ def load(path: Path, settings: dict, seed: int) -> dict:
 
 def restore(saved: dict, *objects) -> None:
     """Puts back the states of model, optimiser and scheduler, and of the random generators."""
-    for thing, state in zip(objects, saved["states"], strict=True):
-        thing.load_state_dict(state)
+    try:
+        for thing, state in zip(objects, saved["states"], strict=True):
+            thing.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError):
+        raise CheckpointError("the checkpoint is of another network or optimiser") from None
     torch.set_rng_state(saved["random"]["cpu"])
     if saved["random"]["cuda"]:
         torch.cuda.set_rng_state_all(saved["random"]["cuda"])

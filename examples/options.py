@@ -137,7 +137,9 @@ def _add_training(group) -> None:
 
 def _add_run(group) -> None:
     group.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0], help="one run for each")
-    group.add_argument("--threads", type=number(int, 1), default=os.cpu_count(), help="threads of torch")
+    group.add_argument(
+        "--threads", type=number(int, 1), default=len(os.sched_getaffinity(0)), help="threads of torch"
+    )
     group.add_argument("--device", default="cpu", help="cpu or cuda")
     group.add_argument("--out", type=Path, default=Path("runs/classifier"), help="folder of all results")
     group.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")

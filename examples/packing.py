@@ -4,11 +4,11 @@ The file is a line of JSON that says what follows, then the bytes of each tensor
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
+from checkpoint import written_whole
 from torch import Tensor, nn
 from torchqat import functional as QF
 from torchqat.optim import BCGD
@@ -49,9 +49,9 @@ def save(path: Path, model: nn.Module, quantised: dict[Tensor, dict] | None = No
             chunks.append(scale.cpu().numpy().tobytes() + pack(codes.cpu(), bits))
             entry |= {"bits": bits, "channel_dim": channel_dim, "scales": scale.numel()}
         entries[name] = entry | {"bytes": len(chunks[-1])}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join([json.dumps(entries, separators=(",", ":")).encode(), b"\n", *chunks]))
-    os.replace(temporary, path)
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    with written_whole(path) as temporary:
+        temporary.write_bytes(b"".join([header, b"\n", *chunks]))
     return path.stat().st_size
 
 

@@ -45,9 +45,9 @@ def training(path: Path, history: list[dict]) -> None:
     for stage, color in (("float", FLOAT), ("quantised", QUANTISED)):
         entries = [entry for entry in history if entry["stage"] == stage]
         epochs = [start + entry["epoch"] for entry in entries]
-        left.plot(epochs[1:], [entry["loss"] for entry in entries[1:]], color=color, label=stage)
+        left.plot(epochs[1:], [entry["loss"] for entry in entries[1:]], ".-", color=color, label=stage)
         accuracy = [entry["accuracy"] for entry in entries]
-        right.plot(epochs, accuracy, color=color, label=f"{stage}: {accuracy[-1]:.2f} % at the end")
+        right.plot(epochs, accuracy, ".-", color=color, label=f"{stage}: {accuracy[-1]:.2f} % at the end")
         start = epochs[-1]
     accuracies = sorted(entry["accuracy"] for entry in history)
     right.set_ylim(min(accuracies[len(accuracies) // 5], accuracies[-1] - 2) - 1, 100.3)
@@ -88,19 +88,17 @@ def weights(path: Path, model: nn.Module, optimizer: BCGD) -> None:
         top = max(2 ** (bits - 1) - 1, 1)
         levels = [level for level in range(-top, top + 1) if bits > 1 or level]
         shares = [(codes == level).double().mean().item() for level in levels]
-        reach = max(1.6 * top, float(latents.abs().quantile(0.995))) if len(latents) < 2**24 else 1.6 * top
-        axes.hist(latents.clamp(-reach, reach).numpy(), bins=80, density=True, color=GREY, label="latents")
+        reach = max(1.4 * top, _quantile(latents.abs(), 0.995))
+        axes.hist(latents.numpy(), bins=80, range=(-reach, reach), density=True, color=GREY)
         beside = axes.twinx()
-        width = 0.12 if top < 8 else 0.4
-        beside.bar(levels, shares, width, color=QUANTISED, alpha=0.85, label="share at the level")
+        beside.bar(levels, shares, min(0.06 * reach, 0.5), color=QUANTISED, alpha=0.85)
         beside.set_ylim(0, 1.15 * max(shares))
         beside.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         beside.tick_params(axis="y", colors=QUANTISED)
         axes.set_yticks([])
-        if len(levels) <= 16:
-            axes.set_xticks(levels)
+        axes.set_xticks(sorted({-top, top, 0} & {0, *levels}))
         axes.set_title(f"{names[parameter]}: {parameter.numel():,} weights")
-    figure.supxlabel("weight / scale (the outermost bins hold all that lies beyond)")
+    figure.supxlabel("weight / scale")
     figure.suptitle(
         "Float latents (grey) and the share of the quantised weights at each level (red, right axis)"
     )
@@ -123,8 +121,9 @@ def activations(path: Path, model: nn.Module, images: Tensor) -> None:
     figure, panels = _panels(len(seen))
     for axes, (name, (bits, alpha, x, codes)) in zip(panels, _spread(list(seen.items())), strict=True):
         top = 2**bits - 1
-        low, high = max(-1.5 * top, float(x.min())), 2.0 * top
-        axes.hist(x.clamp(low, high).numpy(), bins=100, range=(low, high), density=True, color=GREY)
+        low = min(max(_quantile(x, 0.005), -4.0 * top), -0.5 * top)
+        high = max(min(_quantile(x, 0.995), 4.0 * top), 1.2 * top)
+        axes.hist(x.numpy(), bins=100, range=(low, high), density=True, color=GREY)
         axes.set_yticks([])
         beside = axes.twinx()
         edges = [low, *range(top), high]
@@ -136,7 +135,7 @@ def activations(path: Path, model: nn.Module, images: Tensor) -> None:
             _label_shares(beside, codes, top, low, high)
         axes.set_xlim(low, high)
         axes.set_title(f"staircase {name}: step {alpha:.3g}, {(codes == 0).double().mean():.0%} at zero")
-    figure.supxlabel("input / step size (the outermost bins hold all that lies beyond)")
+    figure.supxlabel("input / step size")
     figure.suptitle("Inputs of each staircase (grey) and its output in steps (red, right axis)")
     _save(figure, path)
 
@@ -187,6 +186,10 @@ def estimators(path: Path, bits: int) -> None:
     grid[0][0].legend(loc="upper left", fontsize=7)
     figure.suptitle(f"Straight-through estimators of the {bits}-bit staircase (dotted: its upper bound q)")
     _save(figure, path)
+
+
+def _quantile(values: Tensor, q: float) -> float:
+    return float(values[:: len(values) // 100_000 + 1].quantile(q))
 
 
 def _panels(count: int):

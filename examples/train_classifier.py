@@ -32,7 +32,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     try:
         dataset = data.load(args.dataset, args.data_dir).subset(args.subset)
-        report([Run(args, seed, dataset).go() for seed in args.seeds], args)
+        runs = [Run(args, seed, dataset) for seed in args.seeds]
+        report([run.go() for run in runs], args)
     except (data.DataError, checkpoint.CheckpointError, packing.PackingError) as error:
         checkpoint.fail(str(error))
     except checkpoint.Stopped as stop:
@@ -61,9 +62,8 @@ class Run:
         if self.saved is None and args.float_weights:
             packing.load_into(model, args.float_weights)
         if self.saved is None or self.saved["stage"] == "float":
-            self.train(
-                "float", model, torch.optim.SGD(model.parameters(), args.float_lr, **self.sgd_options())
-            )
+            optimizer = torch.optim.SGD(model.parameters(), args.float_lr, **self.sgd_options())
+            self.train("float", model, optimizer)
             self.progress["bytes"]["float"] = packing.save(self.folder / "float.tqat", model)
 
         torchqat.prepare(model, args.act_bits, ste=args.ste, alpha_grad=args.alpha_grad)
@@ -183,9 +183,8 @@ def _conditions(args: argparse.Namespace) -> dict:
 
 
 def _write_json(path, content: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    with checkpoint.written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(train, tmp_path, dam
         torch.save({"epoch": 3}, path)
         said = "not a checkpoint of this program"
     else:
-        path.write_bytes(pickle.dumps(_Mkdir(str(marker))))
+        path.write_bytes(pickle.dumps(_Mkdir(str(marker)), protocol=2))
     before = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
     code, _, stderr = train("--out", tmp_path, "--resume", *arguments)
     assert code == 2 and one_line(stderr, str(path), said)

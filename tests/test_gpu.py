@@ -1,0 +1,164 @@
+"""What only a GPU can show of every operator: no host synchronisation, CUDA graphs, streams, repeatability,
+and agreement with the CPU. scripts/gpu_check.sh runs this file under compute-sanitizer too."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torchqat import functional as F
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
+]
+
+# Around a vector, a warp, a block and a wave of blocks.
+SIZES = (1, 7, 33, 255, 1025, 70_001)
+
+
+@dataclass
+class Case:
+    """An operator with arguments: `run` returns what it computes, or what it changed in place."""
+
+    inputs: list[torch.Tensor]
+    run: Callable[[list[torch.Tensor]], list[torch.Tensor]]
+
+    def on(self, device):
+        return [t.to(device, copy=True) for t in self.inputs]
+
+
+def staircase(dtype, ste, channels=None):
+    x = torch.randn(16, 8, 31, 33, dtype=dtype)
+    alpha = torch.rand(channels or (), dtype=torch.float32) + 0.1
+
+    def run(inputs):
+        x, alpha, grad = inputs[0].requires_grad_(), inputs[1].requires_grad_(), inputs[2]
+        y = F.staircase_relu(x, alpha, 2, ste=ste)
+        return [y.detach(), *torch.autograd.grad(y, (x, alpha), grad)]
+
+    return Case([x, alpha, torch.randn_like(x)], run)
+
+
+def codes(dtype):
+    x = torch.randn(16, 8, 31, 33, dtype=dtype)
+    return Case([x, torch.tensor(0.3)], lambda inputs: [F.staircase_codes(*inputs, 4)])
+
+
+def weights(bits, method="exact", channel_dim=None):
+    def run(inputs):
+        quantized, scale = F.quantize_weight(inputs[0], bits, method=method, channel_dim=channel_dim)
+        return [quantized, scale, F.weight_codes(inputs[0], scale, bits, channel_dim=channel_dim)]
+
+    return Case([torch.randn(64, 300, dtype=torch.float64)], run)
+
+
+def step(bits, method="exact"):
+    shapes = [size for size in SIZES for _ in range(20)]
+    lists = [[torch.randn(size, dtype=torch.float64) for size in shapes] for _ in range(4)]
+    tail = [torch.full((), 0.2, dtype=torch.float64) for _ in shapes] + [torch.tensor(2.0) for _ in shapes]
+    lr = torch.tensor(0.05, dtype=torch.float64)
+
+    def run(inputs):
+        k = len(shapes)
+        params, grads, latents, buffers, scales, steps = (list(inputs[i * k : (i + 1) * k]) for i in range(6))
+        options = {"bits": bits, "method": method, "momentum": 0.9, "weight_decay": 1e-4}
+        F.bcgd_step_(params, grads, latents, scales, buffers, steps, lr=inputs[-1], **options)
+        return inputs
+
+    return Case([*sum(lists, []), *tail, lr], run)
+
+
+CASES = {
+    **{f"staircase_relu-{ste}": lambda ste=ste: staircase(torch.float32, ste) for ste in F.ste_names()},
+    **{
+        f"staircase_relu-{dtype}": lambda dtype=dtype: staircase(dtype, "clipped_relu")
+        for dtype in (torch.float64, torch.float16, torch.bfloat16)
+    },
+    "staircase_relu-channels": lambda: staircase(torch.float32, "clipped_relu", channels=8),
+    "staircase_codes": lambda: codes(torch.float32),
+    **{f"quantize_weight-{bits}": lambda bits=bits: weights(bits) for bits in (1, 2, 3, 4, 8)},
+    "quantize_weight-channels": lambda: weights(4, channel_dim=0),
+    "quantize_weight-lloyd": lambda: weights(4, "lloyd"),
+    "quantize_weight-twn": lambda: weights(2, "twn"),
+    **{f"bcgd_step_-{bits}": lambda bits=bits: step(bits) for bits in (1, 2, 4)},
+    "bcgd_step_-lloyd": lambda: step(3, "lloyd"),
+    "bcgd_step_-twn": lambda: step(2, "twn"),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]()
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_gpu_agrees_with_the_cpu(case):
+    on_gpu = [t.cpu() for t in case.run(case.on("cuda"))]
+    torch.testing.assert_close(on_gpu, case.run(case.on("cpu")), equal_nan=True)
+
+
+def test_the_values_of_the_staircase_are_those_of_the_cpu():
+    case = staircase(torch.float32, "clipped_relu")
+    (y, grad_x, _), (y_gpu, grad_x_gpu, _) = case.run(case.on("cpu")), case.run(case.on("cuda"))
+    assert_same([y_gpu.cpu(), grad_x_gpu.cpu()], [y, grad_x])
+
+
+def test_runs_repeat_bit_for_bit(case):
+    first = [t.clone() for t in case.run(case.on("cuda"))]
+    for _ in range(3):
+        assert_same(case.run(case.on("cuda")), first)
+
+
+def test_nothing_waits_for_the_device(case):
+    inputs = case.on("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case.run(inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_another_stream_is_used_where_it_is_current(case):
+    expected = [t.clone() for t in case.run(case.on("cuda"))]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        inputs = case.on("cuda")
+        torch.cuda._sleep(10_000_000)  # work on any other stream would overtake the inputs
+        for t, source in zip(inputs, case.inputs, strict=True):
+            t.copy_(source, non_blocking=True)
+        actual = case.run(inputs)
+    stream.synchronize()
+    assert_same(actual, expected)
+
+
+def test_a_cuda_graph_replays_it(case):
+    expected = [t.clone() for t in case.run(case.on("cuda"))]
+    inputs = case.on("cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        case.run(inputs)  # what is set up once is set up outside the capture
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = case.run(inputs)
+    for _ in range(2):
+        with torch.no_grad():
+            for t, source in zip(inputs, case.inputs, strict=True):
+                t.copy_(source)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same(outputs, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU on this machine")
+def test_the_second_gpu_is_used_where_the_tensors_are(case):
+    expected = [t.cpu() for t in case.run(case.on("cuda:0"))]
+    actual = case.run(case.on("cuda:1"))
+    assert all(t.device.index == 1 for t in actual)
+    assert_same([t.cpu() for t in actual], expected)

@@ -88,11 +88,19 @@ struct SortedWeights {
 };
 
 // One thread, for all levels.
-struct Alone {
-  static constexpr int kOwnLevels = math::weight_top(8);
+class Alone {
+ public:
+  static constexpr int kDepth = math::kSearchDepth;
   static int first_level() { return 1; }
   static int stride() { return 1; }
-  static math::StepState join(const math::StepState& state) { return state; }
+  static const math::StepState& join(const math::StepState& state) { return state; }
+  const math::StepState& state(int slot) const { return states_[slot]; }
+  void set_state(int slot, const math::StepState& state) { states_[slot] = state; }
+  int64_t& count(int slot, int own) { return counts_[slot][own]; }
+
+ private:
+  math::StepState states_[kDepth];
+  int64_t counts_[kDepth][math::weight_top(8)];
 };
 
 // The least-squares scale of finite magnitudes, of which it changes the order. Sorted magnitudes and their

@@ -25,9 +25,14 @@ struct StepState {
   }
 };
 
+// Ends of intervals that a search keeps at a time. When there are more it forgets one, and finds it again.
+constexpr int kSearchDepth = 24;
+
 // Weights: size(), and of the magnitudes in descending order magnitude(i) and sum_of_first(count).
-// Team: the threads that search together, each for the levels first_level(), first_level() + stride(), ..; at
-// most kOwnLevels of them. join() adds up what they found, in a fixed order, and gives the sum to all.
+// Team: the threads that search together, each for the levels first_level(), first_level() + stride(), .. of
+// its own. join() adds up what they found, in a fixed order, and gives the sum to all. The team keeps, for
+// kDepth ends of intervals, a state, state(slot) and set_state(slot, state), and count(slot, own) for each
+// own level.
 template <typename Weights, typename Team>
 class ExactScaleSearch {
  public:
@@ -42,24 +47,18 @@ class ExactScaleSearch {
     // Above the largest breakpoint no weight has a level, at the smallest one all have the highest.
     enter(0, {{}, HUGE_VAL, weights_.magnitude(0) / 0.5}, 0);
     const double top = top_;
-    enter(1, {{top * top * n, top * weights_.sum_of_first(n)}, weights_.magnitude(n - 1) / (top - 0.5), 0},
-          n);
-    best_ = states_[1].fit;
-    for (int depth = 1; depth > 0;) {
-      if (split(depth)) {
-        ++depth;
-      } else {
-        copy(depth, 0);
-        --depth;
+    best_ = {top * top * static_cast<double>(n), top * weights_.sum_of_first(n)};
+    enter(1, {best_, weights_.magnitude(n - 1) / (top - 0.5), 0}, n);
+    for (depth_ = 1; depth_ > 0;) {
+      if (!split()) {
+        copy(depth_, 0);
+        --depth_;
       }
     }
     return best_;
   }
 
  private:
-  // Geometric halves of intervals go down from the range of a double to neighbouring doubles in fewer splits.
-  static constexpr int kDepth = 80;
-
   // How many magnitudes are at least `threshold`, given that the first `from` are and that from `to` on none
   // is.
   TORCHQAT_HD int64_t count_from(int64_t from, int64_t to, double threshold) const {
@@ -72,41 +71,49 @@ class ExactScaleSearch {
     return from;
   }
 
-  // Slot 0 is the upper end of the interval in hand, slots 1, 2, .. are lower ends, the last one nearest to
-  // it.
+  // Slot 0 is the upper end of the interval in hand; slots 1 to depth_ are a stack of lower ends, its own on
+  // top.
   TORCHQAT_HD void enter(int slot, const StepState& state, int64_t count) {
-    states_[slot] = state;
-    for (int own = 0; own < Team::kOwnLevels; ++own) counts_[slot][own] = count;
+    team_.set_state(slot, state);
+    for_own_levels([&](int own, int) { team_.count(slot, own) = count; });
   }
   TORCHQAT_HD void copy(int from, int to) {
-    states_[to] = states_[from];
-    for (int own = 0; own < Team::kOwnLevels; ++own) counts_[to][own] = counts_[from][own];
+    team_.set_state(to, StepState(team_.state(from)));
+    for_own_levels([&](int own, int) { team_.count(to, own) = team_.count(from, own); });
   }
 
-  // Puts the state between slot 0 and slot `depth` on top of the stack. False when none there can be the
-  // best.
-  TORCHQAT_HD bool split(int depth) {
-    const StepState& upper = states_[0];
-    const StepState& lower = states_[depth];
+  // Puts an end between upper and lower on the stack. False when no step size between them can be the best.
+  TORCHQAT_HD bool split() {
+    const StepState upper = team_.state(0);
+    const StepState lower = team_.state(depth_);
     const double high = upper.below;
     const double low = lower.above;
-    if (!(low < high) || depth + 1 == kDepth) return false;
+    if (!(low < high)) return false;
     // A step of 2j - 1 in energy adds the magnitude (j - 1/2) t to the overlap.
     const double bound = score_bound(upper.fit, lower.fit, high / 2, low / 2);
     if (!(bound > best_.score() * (1 + kScoreSlack))) return false;
+    if (depth_ + 1 == Team::kDepth) forget_one();
+    // Geometric halves reach neighbouring doubles from any range in a few dozen splits.
     const double middle = low > 0 ? std::fmin(std::sqrt(low) * std::sqrt(high), high) : high / 2;
-    const StepState state = evaluate(middle > low ? middle : high, depth);
-    states_[depth + 1] = state;
+    const StepState state = evaluate(middle > low ? middle : high);
     if (state.fit.score() > best_.score()) best_ = state.fit;
-    return upper.fit.energy < state.fit.energy && state.fit.energy < lower.fit.energy;
+    if (!(upper.fit.energy < state.fit.energy && state.fit.energy < lower.fit.energy)) return false;
+    team_.set_state(++depth_, state);
+    return true;
   }
 
-  TORCHQAT_HD StepState evaluate(double step, int depth) {
+  // Joins the two lowest intervals of the stack into one.
+  TORCHQAT_HD void forget_one() {
+    for (int slot = 3; slot <= depth_; ++slot) copy(slot, slot - 1);
+    --depth_;
+  }
+
+  // The state at a step size between upper and lower; its counts go to the slot above the stack.
+  TORCHQAT_HD StepState evaluate(double step) {
     StepState state;
-    int own = 0;
-    for (int level = team_.first_level(); level <= top_; level += team_.stride(), ++own) {
-      const int64_t from = counts_[0][own];
-      const int64_t to = counts_[depth][own];
+    for_own_levels([&](int own, int level) {
+      const int64_t from = team_.count(0, own);
+      const int64_t to = team_.count(depth_, own);
       int64_t count = from;
       if (from < to) {
         const double edge = level - 0.5;
@@ -114,18 +121,24 @@ class ExactScaleSearch {
         if (from < count) state.above = std::fmin(state.above, weights_.magnitude(count - 1) / edge);
         if (count < to) state.below = std::fmax(state.below, weights_.magnitude(count) / edge);
       }
-      counts_[depth + 1][own] = count;
-      state.fit = state.fit + WeightFit{(2.0 * level - 1) * count, weights_.sum_of_first(count)};
-    }
+      team_.count(depth_ + 1, own) = count;
+      const double energy = (2.0 * level - 1) * static_cast<double>(count);
+      state.fit = state.fit + WeightFit{energy, weights_.sum_of_first(count)};
+    });
     return team_.join(state);
+  }
+
+  template <typename F>
+  TORCHQAT_HD void for_own_levels(F&& f) {
+    int own = 0;
+    for (int level = team_.first_level(); level <= top_; level += team_.stride()) f(own++, level);
   }
 
   const Weights& weights_;
   int top_;
   Team& team_;
+  int depth_ = 0;
   WeightFit best_;
-  StepState states_[kDepth];
-  int64_t counts_[kDepth][Team::kOwnLevels];
 };
 
 }  // namespace torchqat::math

@@ -338,6 +338,17 @@ def test_a_skipped_step_does_not_even_take_over_changes_from_outside():
     assert_same(optimizer.state_dict(), state)
 
 
+def test_a_skipped_step_of_quantized_groups_alone_is_left_to_the_operator(monkeypatch):
+    p = random_params(shapes=((4, 3),))[0]
+    optimizer = BCGD([{"params": [p], "quant_bits": 1}], lr=0.1, momentum=0.9)
+    p.grad = torch.full_like(p, torch.nan)
+    before = copy.deepcopy((p, optimizer.state_dict()))
+    optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(1.0)
+    monkeypatch.setattr(torch.Tensor, "item", lambda t: pytest.fail("read on the host"))
+    optimizer.step()
+    assert_same([p, optimizer.state_dict()], list(before))
+
+
 @pytest.mark.parametrize("unscale", [False, True])
 def test_a_gradient_scaler_changes_nothing_in_exact_arithmetic(unscale):
     """A scale that is a power of two cancels without rounding."""

@@ -148,9 +148,8 @@ class BCGD(LatentOptimizer):
         plain, quantized = self._with_gradients()
         changed = self._changed([(p, group) for group, params in quantized for p in params])
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        # On a device bcgd_step_ reads found_inf itself; everything else that would happen has to ask here.
-        on_host = found_inf is not None and (plain or changed or found_inf.device.type == "cpu")
-        if on_host and found_inf.item():
+        # bcgd_step_ reads found_inf itself, on the device; everything else that would happen has to ask here.
+        if found_inf is not None and (plain or changed) and found_inf.item():
             return loss
         self._adopt(changed)
         for group, params in quantized:

@@ -104,7 +104,7 @@ def binary(y):
 def ternary(y):
     """The support of the k largest maximizes S_k^2 / k."""
     magnitude = y.abs().flatten().sort(descending=True).values
-    sums, counts = magnitude.cumsum(0), torch.arange(1, len(magnitude) + 1)
+    sums, counts = magnitude.cumsum(0), torch.arange(1, len(magnitude) + 1, device=y.device)
     best = (sums**2 / counts).argmax()
     return torch.where(y.abs() >= magnitude[best], y.sign() * sums[best] / counts[best], 0.0)
 

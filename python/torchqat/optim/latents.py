@@ -91,7 +91,7 @@ class LatentOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         # What the optimizer left of each parameter: version counter and address. Never saved: a parameter
         # without an entry has its values compared.
-        self._left: dict[Tensor, tuple[int, int]] = {}
+        self._left: dict[int, tuple[int, int]] = {}
         self._swapped = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -161,7 +161,7 @@ class LatentOptimizer(torch.optim.Optimizer):
             )
 
     def _leave(self, param: Tensor) -> None:
-        self._left[param] = (param._version, param.data_ptr())
+        self._left[id(param)] = (param._version, param.data_ptr())
 
     def _changed(self, pairs: Pairs) -> Pairs:
         """Those of the parameters that do not hold the projection of their latent."""
@@ -170,7 +170,7 @@ class LatentOptimizer(torch.optim.Optimizer):
             state = self.state[p]
             if "latent" not in state:
                 found.append((p, group))
-            elif self._left.get(p) != (p._version, p.data_ptr()):
+            elif self._left.get(id(p)) != (p._version, p.data_ptr()):
                 fit_to(p, state)
                 if holds_projection(p, state, group):
                     self._leave(p)

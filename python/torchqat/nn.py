@@ -27,7 +27,9 @@ class StaircaseReLU(torch.nn.Module):
             after batch normalisation; ``"papers"``: what BCGD's authors start from (bits 1, 2 and 4); or a number.
             :func:`torchqat.calibrate` sets it from data.
         alpha_grad_scale: what the gradient of ``alpha`` is multiplied by.
-        alpha_grad_clip: what it is then clamped to, ``[-alpha_grad_clip, alpha_grad_clip]``; ``inf`` for no bound.
+        alpha_grad_clip: what it is then clamped to, ``[-alpha_grad_clip, alpha_grad_clip]``; ``inf`` for no bound. The
+            module cannot know of a factor on the loss: with a gradient scaler give ``inf`` (and clip after
+            ``unscale_``), or the bound times the scaler's factor, else alpha hardly moves.
         alpha_min: the least step size that forward uses. The bound passes the gradient, and forward never writes
             ``alpha``; :class:`torchqat.optim.BCGD` clamps the parameter itself after its step.
 

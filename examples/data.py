@@ -91,7 +91,7 @@ def _digits() -> Data:
     )
     images, test_images = (torch.from_numpy(part).to(torch.uint8).unsqueeze(1) for part in parts[:2])
     labels, test_labels = (torch.from_numpy(part).long() for part in parts[2:])
-    return Data(images, labels, test_images, test_labels, shift=1)
+    return Data(images, labels, test_images, test_labels)
 
 
 def _from_idx_files(name: str, folder: Path) -> Data:

@@ -9,14 +9,19 @@ from torch.nn import functional as F
 
 
 def lenet5(channels: int, size: int, classes: int) -> nn.Sequential:
-    """LeNet-5 as it is used for MNIST today: two convolutions, 32 and 64 wide, and two linear layers."""
+    """LeNet-5 as it is used for MNIST today: two convolutions, 32 and 64 wide, and two linear layers.
+
+    Images narrower than 16 pixels are pooled once only, after the second convolution.
+    """
+    pools = [nn.MaxPool2d(2)] if size >= 16 else []
+    width = 64 * (size // (4 if pools else 2)) ** 2
     return nn.Sequential(
         *_conv(channels, 32, 5),
-        nn.MaxPool2d(2),
+        *pools,
         *_conv(32, 64, 5),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(64 * (size // 4) ** 2, 512, bias=False),
+        nn.Linear(width, 512, bias=False),
         nn.BatchNorm1d(512),
         nn.ReLU(),
         nn.Linear(512, classes),

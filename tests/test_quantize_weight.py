@@ -139,12 +139,12 @@ before, start = peak(), time.process_time()
 torchqat.functional.quantize_weight(w, 8, channel_dim=channel_dim)
 print((peak() - before) / w.numel(), time.process_time() - start)
 """
-    for per, most in (("tensor", 16), ("channel", 1)):
+    for per, most in (("tensor", 16), ("channel", 5)):  # 4 are the result's, written when the scratch is gone
         done = subprocess.run(
             [sys.executable, "-c", program, per], capture_output=True, text=True, check=True
         )
         bytes_per_weight, seconds = map(float, done.stdout.split())
-        assert bytes_per_weight - 4 <= most  # 4 are the result's
+        assert bytes_per_weight <= most
         assert seconds <= 10
 
 

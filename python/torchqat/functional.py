@@ -138,7 +138,8 @@ def quantize_weight(
 
     .. math::
         \min_{\delta \ge 0,\, q}\ \lVert w - \delta q \rVert^2, \qquad
-        q_i \in \begin{cases} \{-1, 1\} & b = 1 \\ \{0, \pm 1, \dots, \pm (2^{b-1} - 1)\} & b \ge 2 \end{cases}
+        q_i \in \begin{cases} \{-1, 1\} & b = 1 \\
+            \{0, \pm 1, \dots, \pm (2^{b-1} - 1)\} & b \ge 2 \end{cases}
 
     Two bits are ternary. At one bit :math:`\delta` is the mean of \|w\|, and the level of 0 is +1.
 
@@ -148,12 +149,12 @@ def quantize_weight(
     ``exact``  the minimum above, at every width, to the rounding of float64
     ``lloyd``  q nearest to w for the step :math:`2 \max|w| / (2^b - 1)`, ties towards zero, then the best
                :math:`\delta` for this q: one step from the papers' start, and far from the minimum
-    ``twn``    ternary only: q = sign(w) where \|w\| is at least 0.7 mean\|w\|, :math:`\delta` the mean of those
+    ``twn``    ternary only: q = sign(w) where \|w\| is at least 0.7 mean\|w\|, :math:`\delta` their mean
     ========== ===============================================================================================
 
-    Weights that are all zero have scale 0. Where one of the weights that share a scale is NaN or infinite (or a
-    float64 sum of theirs overflows), the scale and all of them are NaN. Results repeat bit for bit, whatever the
-    number of threads. ``exact`` takes at most 16 bytes of scratch per weight.
+    Weights that are all zero have scale 0. Where one of the weights that share a scale is NaN or infinite
+    (or a float64 sum of theirs overflows), the scale and all of them are NaN. Results repeat bit for bit,
+    whatever the number of threads. ``exact`` takes at most 16 bytes of scratch per weight.
 
     Args:
         weight: weights of any shape and memory format; float64, float32, bfloat16 or float16.
@@ -162,24 +163,24 @@ def quantize_weight(
         channel_dim: one scale for each index of this dimension; None: one for all.
 
     Returns:
-        tuple: the quantised weights (shape, dtype and memory format of ``weight``), and the scale, of shape ``[]`` or
-        ``[weight.size(channel_dim)]``; float32 for bfloat16 and float16 weights. Not differentiable: neither ever
-        requires grad.
+        tuple: the quantised weights (shape, dtype and memory format of ``weight``), and the scale, of shape
+        ``[]`` or ``[weight.size(channel_dim)]``; float32 for bfloat16 and float16 weights. Not
+        differentiable: neither ever requires grad.
 
     Raises:
         TypeError: ``weight`` is not of one of the four dtypes, or is not a dense tensor.
-        ValueError: ``bits`` or ``channel_dim`` is out of range, ``method`` unknown, or ``twn`` with ``bits`` other
-            than 2.
-        NotImplementedError: ``weight`` is differentiated by :func:`torch.func.grad`, ``vjp`` or ``jvp``, which would
-            take the result for one whose derivative is zero. Detach it first.
+        ValueError: ``bits`` or ``channel_dim`` is out of range, ``method`` unknown, or ``twn`` with ``bits``
+            other than 2.
+        NotImplementedError: ``weight`` is differentiated by :func:`torch.func.grad`, ``vjp`` or ``jvp``, which
+            would take the result for one whose derivative is zero. Detach it first.
 
     Example:
         >>> w = torch.tensor([0.9, -0.1, 1.1, -2.0])
         >>> quantize_weight(w, bits=2)
         (tensor([ 1.3333,  0.0000,  1.3333, -1.3333]), tensor(1.3333))
 
-    Source: Yin, Zhang, Lyu, Osher, Qi, Xin, "Blended coarse gradient descent for full quantization of deep neural
-    networks" (2019), section 3. ``twn``: Li, Zhang, Liu, "Ternary weight networks" (2016).
+    Source: Yin, Zhang, Lyu, Osher, Qi, Xin, "Blended coarse gradient descent for full quantization of deep
+    neural networks" (2019), section 3. ``twn``: Li, Zhang, Liu, "Ternary weight networks" (2016).
     """
     return torch.ops.qat.quantize_weight(weight, bits, method=method, channel_dim=channel_dim)
 
@@ -187,8 +188,8 @@ def quantize_weight(
 def weight_codes(weight: Tensor, scale: Tensor, bits: int, *, channel_dim: int | None = None) -> Tensor:
     r"""The integer level of each weight: the nearest to ``weight / scale``, ties towards zero.
 
-    ``scale * codes`` is what :func:`quantize_weight` returns with ``method="exact"`` (and for weights that are
-    quantised already, whatever the method, the codes are the levels they have).
+    ``scale * codes`` is what :func:`quantize_weight` returns with ``method="exact"`` (and for weights that
+    are quantised already, whatever the method, the codes are the levels they have).
 
     Args:
         weight: weights, quantised or not; float64, float32, bfloat16 or float16.
@@ -197,12 +198,14 @@ def weight_codes(weight: Tensor, scale: Tensor, bits: int, *, channel_dim: int |
         channel_dim: the dimension along which ``scale`` lies; None: ``scale`` is 0-dim.
 
     Returns:
-        Tensor: int8, shape and memory format of ``weight``: -1 and 1 at one bit, else ``-(2**(bits-1) - 1)`` to
-        ``2**(bits-1) - 1``. Where the scale is not > 0, and for NaN, the code is 0 (at one bit 1). Not differentiable.
+        Tensor: int8, shape and memory format of ``weight``: -1 and 1 at one bit, else
+        ``-(2**(bits-1) - 1)`` to ``2**(bits-1) - 1``. For NaN, and where the scale is not > 0, the code is 0
+        (at one bit 1 for NaN, else the sign). Not differentiable.
 
     Raises:
         TypeError: ``weight`` or ``scale`` is of a wrong dtype, or is not a dense tensor.
-        ValueError: ``bits`` or ``channel_dim`` is out of range, or ``scale`` is of a wrong shape or on another device.
+        ValueError: ``bits`` or ``channel_dim`` is out of range, or ``scale`` is of a wrong shape or on another
+            device.
 
     Example:
         >>> w = torch.tensor([0.9, -0.1, 1.1, -2.0])

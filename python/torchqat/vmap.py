@@ -79,14 +79,13 @@ def _check_channel_dim(weight, channel_dim):
     """Weights whose dimension 0 is the batch's; the operator would see the batch as one more dimension."""
     dims = weight.dim() - 1
     if channel_dim is not None and not -dims <= channel_dim < dims:
-        raise ValueError(
-            f"channel_dim must be a dimension of weight, which has shape {tuple(weight.shape[1:])}, got {channel_dim}"
-        )
+        shape = tuple(weight.shape[1:])
+        raise ValueError(f"channel_dim must be a dimension of weight, which has shape {shape}, got {channel_dim}")
 
 
 def _batch_of_channels(weight, channel_dim):
-    """Weights with a scale per sample, or per sample and channel, as weights with a scale per index of dimension 0:
-    (weights, function that brings quantised weights back, shape of the scales)."""
+    """Weights with a scale per sample, or per sample and channel, as weights with a scale per index of
+    dimension 0: (weights, function that brings quantised weights back, shape of the scales)."""
     _check_channel_dim(weight, channel_dim)
     if channel_dim is None:
         return weight, lambda w: w, weight.shape[:1]

@@ -43,6 +43,7 @@ class StaircaseReLU(torch.nn.Module):
         ValueError: an option is out of range or unknown.
 
     Example:
+        >>> import torchqat
         >>> act = torchqat.nn.StaircaseReLU(bits=2, alpha_init=0.5)
         >>> act(torch.tensor([-1.0, 0.2, 0.6, 9.0])).detach()
         tensor([0.0000, 0.5000, 1.0000, 1.5000])

@@ -69,15 +69,14 @@ macro(torchqat_find_cuda)
     set(CMAKE_CUDA_COMPILER "${_torchqat_nvcc}")
     set(CMAKE_CUDA_EXTENSIONS OFF)
     set(CMAKE_CUDA_ARCHITECTURES "${TORCHQAT_CUDA_ARCHITECTURES}")
-    set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)  # torch's own; a second runtime would not know torch's streams.
     enable_language(CUDA)
     if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
       set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")  # CMake before 3.26 does not know that nvcc can.
     endif()
-    find_package(CUDAToolkit REQUIRED)
     set(TORCHQAT_WITH_CUDA ON)
+    string(REGEX MATCH "^[0-9]+\\.[0-9]+" TORCHQAT_NVCC_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
     message(STATUS "torchqat: CUDA kernels for ${CMAKE_CUDA_ARCHITECTURES} by ${CMAKE_CUDA_COMPILER} "
-      "(CUDA ${CUDAToolkit_VERSION}; torch has ${TORCHQAT_TORCH_CUDA})")
+      "(CUDA ${TORCHQAT_NVCC_VERSION}; torch has ${TORCHQAT_TORCH_CUDA})")
   endif()
 endmacro()
 
@@ -92,8 +91,21 @@ function(_torchqat_report_resources target)
   endif()
 endfunction()
 
+# The CUDA runtime that torch itself loads: the wheel beside torch, which has no libcudart.so without a number, or the
+# toolkit's. A second one, or a static one, would not know torch's streams.
+function(_torchqat_find_cudart out)
+  string(REGEX MATCH "^[0-9]+" major "${TORCHQAT_TORCH_CUDA}")
+  find_library(TORCHQAT_CUDART NAMES libcudart.so.${major} cudart NO_CACHE REQUIRED
+    HINTS "${TORCHQAT_TORCH_DIR}/../nvidia/cu${major}/lib"
+    PATHS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} /usr/local/cuda/lib64)
+  set(${out} "${TORCHQAT_CUDART}" PARENT_SCOPE)
+endfunction()
+
 function(torchqat_add_cuda target)
-  target_link_libraries(${target} PRIVATE torchqat_torch::torch_cuda CUDA::cudart)
+  _torchqat_find_cudart(cudart)
+  get_filename_component(folder "${cudart}" DIRECTORY)
+  set_target_properties(${target} PROPERTIES CUDA_RUNTIME_LIBRARY None TORCHQAT_CUDART_FOLDER "${folder}")
+  target_link_libraries(${target} PRIVATE torchqat_torch::torch_cuda "${cudart}")
   target_compile_options(${target} PRIVATE
     $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;--extended-lambda;-lineinfo;-Xcompiler=-Wall,-Wextra>)
   _torchqat_report_resources(${target})

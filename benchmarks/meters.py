@@ -127,7 +127,7 @@ def machine(device):
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PEERS},
         "torchqat": {name: fact for name, fact in torchqat.build_info().items() if name != "library"},

@@ -59,6 +59,7 @@ def draw_problem(panel, result):
         panel.text(row["high_ms"], place, f" {row['ms']:.3g}", va="center", fontsize=7)
     panel.axvline(floor, color="black", linestyle="--", linewidth=1, label=f"floor {floor:.3g} ms")
     panel.set_xscale("log")
+    panel.margins(x=0.12)
     panel.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)
     panel.invert_yaxis()
     panel.tick_params(axis="x", labelsize=7)

@@ -119,3 +119,54 @@ def twn_levels(w):
     """Ternary weight networks (Li, Zhang, Liu 2016): what is at least 0.7 of the mean magnitude is kept."""
     threshold = (0.7 * w.double().abs().mean()).to(opmath(w).dtype)
     return torch.sign(w) * (opmath(w).abs() >= threshold)
+
+
+# ---- BCGD: one step (Yin et al. 2019, algorithm 1), its direction by the rules of torch.optim.SGD ----
+
+
+def sgd_direction(
+    g, y, buffer, first, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False
+):
+    """(direction, new buffer) for the parameter y."""
+    d = (-g if maximize else g) + weight_decay * y
+    if momentum == 0:
+        return d, None
+    buffer = d if first else momentum * buffer + (1 - dampening) * d
+    return d + momentum * buffer if nesterov else buffer, buffer
+
+
+def bcgd_latent(w, g, y, buffer, first, lr, blend, grad_scale=1.0, **sgd):
+    """(new latent, new buffer): blend, then an SGD step on the blended latent."""
+    blended = (1 - blend) * y + blend * w.to(y.dtype)
+    d, buffer = sgd_direction(g.to(y.dtype) / grad_scale, blended, buffer, first, **sgd)
+    return blended - lr * d, buffer
+
+
+def warm_scale(y, before, bits):
+    """The best scale for the best of the levels that step sizes around the scale before assign.
+
+    Where that is too large for any level but 0, the papers' step size.
+    """
+    steps = [(before.double() * share).to(y.dtype) for share in (1, 31 / 32, 33 / 32, 7 / 8, 9 / 8)]
+    levels = [q for q in (nearest_level(y, step, bits).double() for step in steps) if q.any()]
+    if not levels:
+        return lloyd_scale(y, bits)[0]
+    scores = [(y.double() * q).sum() / (q * q).sum().sqrt() for q in levels]
+    equally_good = max(scores) * (1 - 1e-14)  # a single weight is fitted by any level
+    return best_scale_for(y, next(q for q, s in zip(levels, scores, strict=True) if s >= equally_good))
+
+
+def bcgd_projection(y, before, bits, method):
+    """(scale in float64, step that assigns the levels or None where that is the scale, function that does)."""
+
+    def nearest(step):
+        return nearest_level(y, step, bits)
+
+    if y.numel() == 0:
+        return torch.zeros(()), None, nearest
+    if method == "twn":
+        return best_scale_for(y, twn_levels(y)), 0, lambda _: twn_levels(y)
+    if method == "lloyd" and bits > 1:
+        step, scale = lloyd_scale(y, bits)
+        return scale, step, nearest
+    return (exact_scale(y, bits) if bits <= 2 else warm_scale(y, before, bits)), None, nearest

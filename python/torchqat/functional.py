@@ -241,8 +241,8 @@ def bcgd_step_(
 ) -> None:
     r"""One step of blended coarse gradient descent (BCGD) over lists of tensors, in place.
 
-    A parameter holds the quantised weight :math:`w`, its latent the float weight :math:`y` that is trained. With the
-    gradient :math:`g` (negated by ``maximize``, divided by ``grad_scale``):
+    A parameter holds the quantised weight :math:`w`, its latent the float weight :math:`y` that is trained.
+    With the gradient :math:`g` (negated by ``maximize``, divided by ``grad_scale``):
 
     .. math::
         y &\leftarrow (1 - \rho) y + \rho w \\
@@ -255,19 +255,23 @@ def bcgd_step_(
     :math:`\eta`. All but the blend and the projection is ``torch.optim.SGD``. Most programs want
     :class:`torchqat.optim.BCGD`, which keeps the lists.
 
-    The projection is that of ``quantize_weight``, with one difference: ``exact`` at three bits and more tries the
-    scale before the step and step sizes 1/32 and 1/8 to either side, and refits the best of the five to the levels it
-    assigns. Started from the exact scale, the error stays close to that of the exact projection (a test states how
-    close). At one and two bits ``exact`` is the optimum at each step.
+    The projection is that of ``quantize_weight``, with one difference: ``exact`` at three bits and more tries
+    the scale before the step and step sizes 1/32 and 1/8 to either side, and takes the scale that fits best
+    to the levels that the best of the five assigns. Started from the exact scale, the squared error of the
+    projection then stays on average within 1 % (3 and 4 bits) and 5 % (8 bits) of the least possible over
+    hundreds of steps of a noisy quadratic; a test states it. It can stay behind for some steps after a jump,
+    and for good where few latents run far away from the rest. At one and two bits ``exact`` is the optimum at
+    each step.
 
     Args:
         params: the quantised weights; float64, float32, bfloat16 or float16, in any mixture, on one device.
         grads: their gradients, in the parameters' dtypes.
-        latents: the float weights; float64 for float64 parameters, else float32, and so are all that follow but
-            ``steps``.
+        latents: the float weights; float64 for float64 parameters, else float32, and so are all that follow
+            but ``steps``.
         scales: the scales of the weights, 0-dim, or one for each channel of ``channel_dim``.
         momentum_buffers: as the parameters in shape; an empty list when ``momentum`` is 0.
-        steps: the number of steps each parameter has made, 0-dim float32; an empty list when ``momentum`` is 0.
+        steps: the number of steps each parameter has made, 0-dim float32; an empty list when ``momentum`` is
+            0.
         lr: learning rate, one element, on the CPU or on the parameters' device.
         bits: width of the weights, 1 to 8; 2 is ternary.
         channel_dim: the dimension along which ``scales`` lie; ``None`` for one scale per tensor.
@@ -281,14 +285,15 @@ def bcgd_step_(
         grad_scale: factor that the gradients were multiplied by, one element on the parameters' device.
         found_inf: one element on the parameters' device; unless it is 0, nothing changes at all.
 
-    Nothing is read back from a device, so a step can be captured in a CUDA graph. Sums are added in an order that the
-    shapes fix: a step repeats bit for bit. A scale whose latents are not all finite becomes NaN, and so do its weights.
+    Nothing is read back from a device, so a step can be captured in a CUDA graph. Sums are added in an order
+    that the shapes fix: a step repeats bit for bit. A scale whose latents are not all finite becomes NaN, and
+    so do its weights.
 
     Raises:
         TypeError: a tensor of another dtype than named above, or not dense.
-        ValueError: lists of different lengths, shapes that do not belong together, more than one device, a tensor
-            that is there twice or overlaps itself, a number out of range, or a parameter that requires grad while
-            grad mode is on (call it under :class:`torch.no_grad`).
+        ValueError: lists of different lengths, shapes that do not belong together, more than one device, a
+            tensor that is there twice or overlaps itself, a number out of range, or a parameter that requires
+            grad while grad mode is on (call it under :class:`torch.no_grad`).
 
     Example:
         >>> y = torch.tensor([0.5, -1.0, 0.25, 2.0])
@@ -298,9 +303,8 @@ def bcgd_step_(
         >>> w, scale
         (tensor([ 0.9375, -0.9375, -0.9375,  0.9375]), tensor(0.9375))
 
-    Source: Yin, Zhang, Lyu, Osher, Qi, Xin, "Blended coarse gradient descent for full quantization of deep neural
-    networks" (2019), algorithm 1.
-    """
+    Source: Yin, Zhang, Lyu, Osher, Qi, Xin, "Blended coarse gradient descent for full quantization of deep
+    neural networks" (2019), algorithm 1."""
     torch.ops.qat.bcgd_step_(
         params,
         grads,

@@ -48,7 +48,7 @@ class Buffer {
   }
   Buffer(const std::vector<T>& values, int64_t shift = 0)
       : Buffer(static_cast<int64_t>(values.size()), shift) {
-    std::memcpy(static_cast<void*>(data()), values.data(), values.size() * sizeof(T));
+    std::copy(values.begin(), values.end(), data());
   }
 
   T* data() { return reinterpret_cast<T*>(bytes_.get()) + shift_; }
@@ -79,7 +79,7 @@ bool same_bits(const T& a, const T& b) {
 }
 template <typename T>
 bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 template <typename... T>
 bool same_bits(const std::tuple<T...>& a, const std::tuple<T...>& b) {

@@ -80,10 +80,8 @@ math::WeightFit fit_of(const T* y, int64_t count, const Level& level) {
     }
   }
   math::WeightFit fit;
-  for (int lane = 0; lane < kLanes; ++lane) fit = {fit.energy + energy[lane], fit.overlap + overlap[lane]};
-  for (int64_t i = whole; i < count; ++i) {
-    fit = {fit.energy + double(q[i]) * double(q[i]), fit.overlap + double(std::abs(y[i])) * double(q[i])};
-  }
+  for (int lane = 0; lane < kLanes; ++lane) fit = fit + math::WeightFit{energy[lane], overlap[lane]};
+  for (int64_t i = whole; i < count; ++i) fit.add(std::abs(y[i]), q[i]);
   return fit;
 }
 

@@ -101,18 +101,12 @@ struct StepSums {
 
   template <typename T, typename Level>
   TORCHQAT_HD void add(T magnitude, const Level (&levels)[N]) {
-    for (size_t i = 0; i < N; ++i) {
-      const double q = levels[i](magnitude);
-      fits[i].overlap += static_cast<double>(magnitude) * q;
-      fits[i].energy += q * q;
-    }
+    for (size_t i = 0; i < N; ++i) fits[i].add(magnitude, levels[i](magnitude));
     peak = magnitude > peak ? magnitude : peak;
   }
   TORCHQAT_HD StepSums operator+(const StepSums& other) const {
     StepSums sum;
-    for (size_t i = 0; i < N; ++i) {
-      sum.fits[i] = {fits[i].energy + other.fits[i].energy, fits[i].overlap + other.fits[i].overlap};
-    }
+    for (size_t i = 0; i < N; ++i) sum.fits[i] = fits[i] + other.fits[i];
     sum.peak = other.peak > peak ? other.peak : peak;
     return sum;
   }
@@ -124,10 +118,11 @@ struct StepSums {
   TORCHQAT_HD double start(int64_t bits) const {
     return checked(2 * peak / static_cast<double>((1 << bits) - 1));
   }
-  // The scale of the best of the assignments; the papers' step size where none of them has a level but 0.
+  // The scale of the best of the assignments, of equally good ones the first; the papers' step size where
+  // none of them has a level but 0.
   TORCHQAT_HD double best_scale(int64_t bits) const {
     WeightFit best;
-    for (const auto& fit : fits) best = fit.score() > best.score() ? fit : best;
+    for (const auto& fit : fits) best = fit.score() > best.score() * (1 + kScoreSlack) ? fit : best;
     return best.energy > 0 ? checked(best.scale()) : start(bits);
   }
 };

@@ -100,6 +100,11 @@ void bcgd_step_(at::TensorList params, at::TensorList grads, at::TensorList late
 TORCH_LIBRARY_IMPL(qat, Autograd, m) { m.impl("bcgd_step_", bcgd_step_kernel<autograd>); }
 TORCH_LIBRARY_IMPL(qat, ADInplaceOrView, m) { m.impl("bcgd_step_", bcgd_step_kernel<bump_versions>); }
 TORCH_LIBRARY_IMPL(qat, FuncTorchBatched, m) { m.impl("bcgd_step_", bcgd_step_kernel<refuse_vmap>); }
+// The check says which tensor is sparse.
+TORCH_LIBRARY_IMPL(qat, SparseCPU, m) { m.impl("bcgd_step_", bcgd_step_kernel<check_bcgd_step>); }
+TORCH_LIBRARY_IMPL(qat, SparseCUDA, m) { m.impl("bcgd_step_", bcgd_step_kernel<check_bcgd_step>); }
+TORCH_LIBRARY_IMPL(qat, SparseCsrCPU, m) { m.impl("bcgd_step_", bcgd_step_kernel<check_bcgd_step>); }
+TORCH_LIBRARY_IMPL(qat, SparseCsrCUDA, m) { m.impl("bcgd_step_", bcgd_step_kernel<check_bcgd_step>); }
 TORCH_LIBRARY_IMPL(qat, Meta, m) { m.impl("bcgd_step_", bcgd_step_kernel<check_bcgd_step>); }
 
 }  // namespace torchqat

@@ -89,7 +89,9 @@ def test_a_nan_in_alpha_is_not_hidden_by_the_bound():
         (dict(alpha_init=math.nan), "alpha_init must be a finite number > 0, got nan"),
         (dict(bits=3, alpha_init="papers"), "the papers give no alpha_init for 3 bits, only for 1, 2, 4"),
         (dict(alpha_grad_clip=0.0), "alpha_grad_clip must be > 0, got 0.0"),
-        (dict(alpha_min=0.0), "alpha_min must be > 0, got 0.0"),
+        (dict(alpha_min=0.0), "alpha_min must be a finite number > 0, got 0.0"),
+        (dict(alpha_min=math.inf), "alpha_min must be a finite number > 0, got inf"),
+        (dict(bits=2.5), "bits must be an integer, got 2.5"),
         (dict(alpha_grad_scale=math.inf), "alpha_grad_scale must be finite, got inf"),
     ],
 )

@@ -1,6 +1,7 @@
 """Every operator under every part of PyTorch that looks at operators: one table of samples, the same checks for all."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def test_compile_of_the_step_changes_what_the_eager_step_changes():
     assert_same(again, args)
 
 
-@pytest.mark.parametrize("i", range(8))
+@pytest.mark.parametrize("i", range(8))  # the last sample has no gradient
 def test_compiled_autograd(i):
     torch._dynamo.reset()
     args, kwargs = SAMPLES["staircase_relu"]()[i]
@@ -254,6 +255,16 @@ def test_per_sample_gradients(ste, shape):
         assert_same(grads_x[k], leaf_x.grad)
 
 
+@pytest.mark.parametrize("op", [F.staircase_relu, F.staircase_codes])
+def test_vmap_names_a_wrong_channel_dim_as_eager_does(op):
+    for sample, channel_dim in ((torch.randn(3), 1), (torch.randn(3, 4), 5), (torch.randn(()), 0)):
+        with pytest.raises(ValueError, match=f"{op.__name__}: channel_dim must be .* got {channel_dim}"):
+            op(sample, torch.ones(3), 2, channel_dim=channel_dim)
+        with pytest.raises(ValueError, match=f"{op.__name__}: channel_dim must be .* got {channel_dim}"):
+            batch = torch.stack([sample, sample])
+            torch.vmap(lambda v, d=channel_dim: op(v, torch.ones(3), 2, channel_dim=d))(batch)
+
+
 def test_vmap_with_gradients_outside():
     a = torch.rand(BATCH, requires_grad=True)
     xs = torch.randn(BATCH, 7, requires_grad=True)
@@ -291,11 +302,21 @@ def test_nested_function_transforms_say_what_is_missing():
 # ---- large tensors ----
 
 
+def free_gib():
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(free_gib() < 12, reason="needs 12 GiB of free memory")
 def test_more_than_2_to_the_31_elements():
     n = 2**31 + 9
     v = torch.zeros(n, dtype=torch.bfloat16)
-    v[-3:] = 5.0
-    y = F.staircase_relu(v, torch.tensor(1.0), 2)
-    assert y[-4:].tolist() == [0, 3, 3, 3]
-    assert F.staircase_codes(v, torch.tensor(1.0), 2)[-4:].tolist() == [0, 3, 3, 3]
+    v[-3:] = torch.tensor([0.5, 3.0, 5.0])
+    alpha = torch.tensor(1.0)
+    y, regions = torch.ops.qat._staircase_relu_forward(v, alpha, 2, 1)
+    assert y[-4:].tolist() == [0, 1, 3, 3]
+    del v
+    grad_x, grad_alpha = torch.ops.qat._staircase_relu_backward(
+        y, regions, alpha, y.shape, y.stride(), 2, "clipped_relu", "three_valued", 1
+    )
+    assert grad_x[-4:].tolist() == [0, 1, 3, 0] and grad_alpha == 2 * (1 + 3) + 3 * 3

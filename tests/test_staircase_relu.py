@@ -306,8 +306,18 @@ def test_unknown_names_are_answered_with_the_list():
 
 @pytest.mark.parametrize("op", [F.staircase_relu, F.staircase_codes])
 def test_sparse_tensors_are_refused(op):
-    with pytest.raises((TypeError, NotImplementedError), match="dense|SparseCPU"):
+    with pytest.raises(TypeError, match=f"{op.__name__}: x must be a dense tensor, got layout Sparse"):
         call(torch.eye(3).to_sparse(), op=op)
+    with pytest.raises(TypeError, match=f"{op.__name__}: alpha must be a dense tensor, got layout Sparse"):
+        call(alpha=torch.ones(3).to_sparse(), op=op)
+
+
+def test_codes_are_not_differentiable_and_say_so():
+    x, alpha = torch.randn(5, requires_grad=True), torch.tensor(0.5, requires_grad=True)
+    assert not F.staircase_codes(x, alpha, 2).requires_grad
+    for argnum in (0, 1):
+        with pytest.raises(NotImplementedError, match="staircase_codes: not differentiable"):
+            torch.func.grad(lambda v, a: F.staircase_codes(v, a, 2).float().sum(), argnum)(x, alpha)
 
 
 def test_second_and_forward_derivatives_say_that_they_are_missing():

@@ -37,7 +37,8 @@ class StaircaseReLU(torch.nn.Module):
         any; with ``channels`` dimension 1 must have that size. The result has the input's shape and dtype.
 
     Attributes:
-        alpha: the step size, a float32 parameter of shape ``[]`` or ``[channels]``, in the units of the input.
+        alpha: the step size, a parameter of shape ``[]`` or ``[channels]``, in the units of the input; float32 unless the
+            module is converted. Keep it float32 beside half-precision activations: its small updates need it.
 
     Raises:
         ValueError: an option is out of range or unknown.
@@ -66,11 +67,14 @@ class StaircaseReLU(torch.nn.Module):
         alpha_min: float = 1e-3,
     ):
         super().__init__()
+        if not isinstance(bits, int):
+            raise ValueError(f"StaircaseReLU: bits must be an integer, got {bits!r}")
         if channels is not None and channels < 1:
             raise ValueError(f"StaircaseReLU: channels must be None or at least 1, got {channels}")
-        for name, value in (("alpha_grad_clip", alpha_grad_clip), ("alpha_min", alpha_min)):
-            if not value > 0:
-                raise ValueError(f"StaircaseReLU: {name} must be > 0, got {value}")
+        if not alpha_grad_clip > 0:
+            raise ValueError(f"StaircaseReLU: alpha_grad_clip must be > 0, got {alpha_grad_clip}")
+        if not (alpha_min > 0 and math.isfinite(alpha_min)):
+            raise ValueError(f"StaircaseReLU: alpha_min must be a finite number > 0, got {alpha_min}")
         if not math.isfinite(alpha_grad_scale):
             raise ValueError(f"StaircaseReLU: alpha_grad_scale must be finite, got {alpha_grad_scale}")
         self.bits = bits

@@ -1,5 +1,4 @@
-#include "torchqat/ops/bounded_alpha.h"
-
+#include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "torchqat/ops/autograd_node.h"
@@ -7,13 +6,16 @@
 namespace torchqat {
 namespace {
 
+// max(alpha, minimum), through which the gradient passes also where the bound acts, multiplied by grad_scale and then
+// clamped to +-grad_clip: the training habits of BCGD's authors for a learnable step size, kept out of the operators
+// that state the mathematics.
+at::Tensor bounded_alpha(const at::Tensor& alpha, double minimum, double, double) { return alpha.clamp_min(minimum); }
+
 auto dispatched() {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("qat::_bounded_alpha", "").typed<decltype(bounded_alpha)>();
   return op;
 }
-
-at::Tensor below_autograd(const at::Tensor& alpha, double minimum, double, double) { return alpha.clamp_min(minimum); }
 
 struct BoundedAlphaBackward : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
@@ -54,11 +56,7 @@ at::Tensor bounded_alpha_autograd(const at::Tensor& alpha, double minimum, doubl
 
 }  // namespace
 
-at::Tensor bounded_alpha(const at::Tensor& alpha, double minimum, double grad_scale, double grad_clip) {
-  return dispatched().call(alpha, minimum, grad_scale, grad_clip);
-}
-
-TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) { m.impl("_bounded_alpha", below_autograd); }
+TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) { m.impl("_bounded_alpha", bounded_alpha); }
 
 TORCH_LIBRARY_IMPL(qat, Autograd, m) { m.impl("_bounded_alpha", bounded_alpha_autograd); }
 

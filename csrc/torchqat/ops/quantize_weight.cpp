@@ -3,7 +3,7 @@
 #include <ATen/OpMathType.h>
 #include <torch/library.h>
 
-#include "torchqat/ops/autograd_node.h"
+#include "torchqat/ops/not_differentiable.h"
 
 namespace torchqat {
 namespace {
@@ -33,18 +33,6 @@ c10::SymDimVector scale_sizes(const at::Tensor& weight, std::optional<int64_t> c
   return {weight.sym_size(*channel_dim)};
 }
 
-// Results are constants to autograd. torch.func.grad would take that for a gradient of zero and
-// torch.func.jvp for a tangent of zero, so these are refused.
-void check_not_differentiated(std::string_view op, const at::Tensor& weight) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !has_tangent(weight), op,
-      ": not differentiable, so it has no forward-mode derivative (jvp); detach the weight");
-  const bool in_func_grad =
-      weight.unsafeGetTensorImpl()->key_set().has(c10::DispatchKey::FuncTorchGradWrapper);
-  TORCH_CHECK_NOT_IMPLEMENTED(!(in_func_grad && at::GradMode::is_enabled() && weight.requires_grad()), op,
-                              ": not differentiable; under torch.func.grad or vjp, detach the weight");
-}
-
 auto quantize_op() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("qat::quantize_weight", "")
@@ -72,6 +60,8 @@ std::tuple<at::Tensor, at::Tensor> quantize_weight_autograd(const at::Tensor& we
 at::Tensor weight_codes_autograd(const at::Tensor& weight, const at::Tensor& scale, int64_t bits,
                                  std::optional<int64_t> channel_dim) {
   check("weight_codes", weight, bits, channel_dim);
+  check_not_differentiated("weight_codes", weight);
+  check_not_differentiated("weight_codes", scale);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return codes_op().call(weight, scale, bits, channel_dim);
 }

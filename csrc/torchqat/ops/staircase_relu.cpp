@@ -5,6 +5,7 @@
 
 #include "torchqat/math/region_code.h"
 #include "torchqat/ops/autograd_node.h"
+#include "torchqat/ops/not_differentiable.h"
 #include "torchqat/ops/ste.h"
 
 namespace torchqat {
@@ -15,6 +16,7 @@ bool is_supported(at::ScalarType dtype) {
 }
 
 void check_alpha(std::string_view op, const at::Tensor& x, const at::Tensor& alpha, int64_t channel_dim) {
+  TORCH_CHECK_TYPE(alpha.layout() == at::kStrided, op, ": alpha must be a dense tensor, got layout ", alpha.layout());
   TORCH_CHECK_TYPE(is_supported(alpha.scalar_type()),
                    op, ": alpha must be float64, float32, bfloat16 or float16, got ", alpha.scalar_type());
   TORCH_CHECK_VALUE(alpha.device() == x.device(), op, ": alpha must be on the device of x, ", x.device(), ", got ",
@@ -139,6 +141,14 @@ at::Tensor staircase_relu_autograd(const at::Tensor& x, const at::Tensor& alpha,
   return y;
 }
 
+at::Tensor staircase_codes_autograd(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, int64_t channel_dim) {
+  check("staircase_codes", x, alpha, bits, channel_dim);
+  check_not_differentiated("staircase_codes", x);
+  check_not_differentiated("staircase_codes", alpha);
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return staircase_codes(x, alpha, bits, channel_dim);
+}
+
 }  // namespace
 
 std::optional<int64_t> alpha_channel_dim(const at::Tensor& x, const at::Tensor& alpha, int64_t channel_dim) {
@@ -195,6 +205,7 @@ std::vector<std::string> ste_names() {
 
 TORCH_LIBRARY_IMPL(qat, Autograd, m) {
   m.impl("staircase_relu", staircase_relu_autograd);
+  m.impl("staircase_codes", staircase_codes_autograd);
   m.impl("_staircase_relu_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("_staircase_relu_backward", torch::autograd::autogradNotImplementedFallback());
 }

@@ -10,7 +10,7 @@ def _front(t, dim, size):
     return t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
-def _flatten_channels(x, x_dim, alpha, alpha_dim, channel_dim, size):
+def _flatten_channels(name, x, x_dim, alpha, alpha_dim, channel_dim, size):
     """Batched arguments as one call's: (x, alpha, channel_dim, function that brings the result back).
 
     A batch of step sizes is a channel dimension of its own, merged with the one there is.
@@ -18,24 +18,28 @@ def _flatten_channels(x, x_dim, alpha, alpha_dim, channel_dim, size):
     x = _front(x, x_dim, size)
     if alpha_dim is None:
         per_tensor = alpha.numel() == 1
-        return x, alpha, 0 if per_tensor else _shifted(x, channel_dim), lambda y: y
+        return x, alpha, 0 if per_tensor else _shifted(name, x, channel_dim), lambda y: y
     alpha = alpha.movedim(alpha_dim, 0)
     if alpha.numel() == size:
         return x, alpha.reshape(size), 0, lambda y: y
-    dim = _shifted(x, channel_dim)
+    dim = _shifted(name, x, channel_dim)
     merged = x.movedim(dim, 1)
     shape = merged.shape
     if alpha.shape != shape[:2]:
         raise ValueError(
-            f"staircase_relu: alpha must have one element, or one for each of the {shape[1]} channels of x, "
+            f"{name}: alpha must have one element, or one for each of the {shape[1]} channels of x, "
             f"got shape {tuple(alpha.shape[1:])}"
         )
     return merged.flatten(0, 1), alpha.flatten(), 0, lambda y: y.reshape(shape).movedim(1, dim)
 
 
-def _shifted(x, channel_dim):
-    """``channel_dim`` of one sample as a dimension of the batch ``x``, whose dimension 0 is the batch's."""
-    return channel_dim % (x.dim() - 1) + 1
+def _shifted(name, batch, channel_dim):
+    """``channel_dim`` of one sample as a dimension of the batch, whose dimension 0 is the batch's."""
+    dims = batch.dim() - 1
+    if not -dims <= channel_dim < dims:
+        shape = list(batch.shape[1:])
+        raise ValueError(f"{name}: channel_dim must be a dimension of shape {shape}, got {channel_dim}")
+    return channel_dim % dims + 1
 
 
 def _register_staircase(name):
@@ -44,7 +48,7 @@ def _register_staircase(name):
     @register(f"qat::{name}")
     def rule(info, in_dims, x, alpha, bits, channel_dim=1, **options):
         size = info.batch_size
-        x, alpha, channel_dim, restore = _flatten_channels(x, in_dims[0], alpha, in_dims[1], channel_dim, size)
+        x, alpha, channel_dim, restore = _flatten_channels(name, x, in_dims[0], alpha, in_dims[1], channel_dim, size)
         return restore(op(x, alpha, bits, channel_dim=channel_dim, **options)), 0
 
 
@@ -75,21 +79,12 @@ def _bounded_alpha(info, in_dims, alpha, *bounds):
     return torch.ops.qat._bounded_alpha(alpha, *bounds), in_dims[0]
 
 
-def _check_channel_dim(weight, channel_dim):
-    """Weights whose dimension 0 is the batch's; the operator would see the batch as one more dimension."""
-    dims = weight.dim() - 1
-    if channel_dim is not None and not -dims <= channel_dim < dims:
-        shape = tuple(weight.shape[1:])
-        raise ValueError(f"channel_dim must be a dimension of weight, which has shape {shape}, got {channel_dim}")
-
-
-def _batch_of_channels(weight, channel_dim):
+def _batch_of_channels(name, weight, channel_dim):
     """Weights with a scale per sample, or per sample and channel, as weights with a scale per index of
     dimension 0: (weights, function that brings quantised weights back, shape of the scales)."""
-    _check_channel_dim(weight, channel_dim)
     if channel_dim is None:
         return weight, lambda w: w, weight.shape[:1]
-    dim = _shifted(weight, channel_dim)
+    dim = _shifted(name, weight, channel_dim)
     merged = weight.movedim(dim, 1)
     shape = merged.shape
     return merged.flatten(0, 1), lambda w: w.reshape(shape).movedim(1, dim), shape[:2]
@@ -97,7 +92,7 @@ def _batch_of_channels(weight, channel_dim):
 
 @register("qat::quantize_weight")
 def _quantize_weight(info, in_dims, weight, bits, *, method="exact", channel_dim=None):
-    weight, restore, scales = _batch_of_channels(weight.movedim(in_dims[0], 0), channel_dim)
+    weight, restore, scales = _batch_of_channels("quantize_weight", weight.movedim(in_dims[0], 0), channel_dim)
     quantized, scale = torch.ops.qat.quantize_weight(weight, bits, method=method, channel_dim=0)
     return (restore(quantized), scale.reshape(scales)), (0, 0)
 
@@ -106,7 +101,7 @@ def _quantize_weight(info, in_dims, weight, bits, *, method="exact", channel_dim
 def _weight_codes(info, in_dims, weight, scale, bits, *, channel_dim=None):
     weight = _front(weight, in_dims[0], info.batch_size)
     scale = _front(scale, in_dims[1], info.batch_size)
-    weight, restore, scales = _batch_of_channels(weight, channel_dim)
+    weight, restore, scales = _batch_of_channels("weight_codes", weight, channel_dim)
     if scale.shape != scales:
         raise ValueError(
             f"weight_codes: scale must have shape {tuple(scales[1:])}, got {tuple(scale.shape[1:])}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchqat.nn import StaircaseReLU
-from torchqat.step_size import Histogram
+from torchqat._step_size import Histogram
 
 
 def calibrate(model: nn.Module, batches: Iterable) -> nn.Module:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from torchqat import rewrite
-from torchqat.excluded import Excluded
+from torchqat import _rewrite
+from torchqat._excluded import Excluded
 from torchqat.nn import StaircaseReLU
 
 RELUS = (nn.ReLU, nn.ReLU6)
@@ -87,9 +87,9 @@ def prepare(
             return _adopt(StaircaseReLU(act_bits, **options), owner, model)
 
         try:
-            added = rewrite.split_calls(owner, rewrite.own_graph(owner), made, taken, new)
+            added = _rewrite.split_calls(owner, _rewrite.own_graph(owner), made, taken, new)
             report.replaced += [_join(name, slot) for slot in added]
-        except rewrite.Untraceable as reason:
+        except _rewrite.Untraceable as reason:
             _report_untraced(name, owner, made, str(reason), report)
     model.prepare_report = report
     _warn("prepare: these ReLUs are not quantised", report.not_replaced)
@@ -132,15 +132,15 @@ def _adopt(staircase: StaircaseReLU, owner: nn.Module, model: nn.Module) -> Stai
 
 def _functions_held(name: str, module: nn.Module) -> list[str]:
     """ReLU functions that a module of torch keeps as an attribute, as nn.TransformerEncoderLayer does."""
-    held = [key for key, value in vars(module).items() if callable(value) and value in rewrite.FUNCTIONS]
+    held = [key for key, value in vars(module).items() if callable(value) and value in _rewrite.FUNCTIONS]
     return [f"{_join(name, key)}: a function inside {type(module).__name__}" for key in held]
 
 
 def _report_untraced(name, owner, made, reason: str, report: PrepareReport) -> None:
-    calls = rewrite.calls_in_source(owner)
+    calls = _rewrite.calls_in_source(owner)
     label = name or type(owner).__name__
     for callee, where in calls:
-        if rewrite.is_functional_relu(callee):
+        if _rewrite.is_functional_relu(callee):
             report.not_replaced.append(f"{label}: {callee} at {where} ({reason})")
     for slot, child in owner.named_children():
         lines = [where for callee, where in calls if callee == f"self.{slot}"]

@@ -1,5 +1,3 @@
-#include "staircase_relu.cuh"
-
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/cuda/CUDAContext.h>
@@ -7,6 +5,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
+#include "staircase_relu.cuh"
 #include "torchqat/ops/layout.h"
 #include "torchqat/ops/staircase_relu.h"
 #include "torchqat/ops/ste.h"
@@ -29,9 +28,11 @@ void run_forward(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, int
     const auto* src = in.const_data_ptr<scalar_t>();
     const cuda::StepSizes<opmath_t> steps{step.const_data_ptr<opmath_t>(), view, bits};
     if (out.scalar_type() == at::kByte) {
-      C10_CUDA_CHECK(cuda::launch_staircase_relu(src, out.mutable_data_ptr<uint8_t>(), regions, steps, n, stream));
+      C10_CUDA_CHECK(
+          cuda::launch_staircase_relu(src, out.mutable_data_ptr<uint8_t>(), regions, steps, n, stream));
     } else {
-      C10_CUDA_CHECK(cuda::launch_staircase_relu(src, out.mutable_data_ptr<scalar_t>(), regions, steps, n, stream));
+      C10_CUDA_CHECK(
+          cuda::launch_staircase_relu(src, out.mutable_data_ptr<scalar_t>(), regions, steps, n, stream));
     }
   });
 }
@@ -49,8 +50,8 @@ at::Tensor codes(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, int
   return k;
 }
 
-std::tuple<at::Tensor, at::Tensor> forward_with_regions(const at::Tensor& x, const at::Tensor& alpha, int64_t bits,
-                                                        int64_t channel_dim) {
+std::tuple<at::Tensor, at::Tensor> forward_with_regions(const at::Tensor& x, const at::Tensor& alpha,
+                                                        int64_t bits, int64_t channel_dim) {
   auto result = staircase_relu_forward_meta(x, alpha, bits, channel_dim);
   const auto& [y, regions] = result;
   run_forward(x, alpha, bits, channel_dim, y,
@@ -72,10 +73,12 @@ void with_kept(const at::Tensor& kept, std::string_view ste, const math::AlphaSl
   });
 }
 
-std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& saved, const at::Tensor& alpha,
-                                            c10::SymIntArrayRef size, c10::SymIntArrayRef stride, int64_t bits,
-                                            std::string_view ste, std::string_view alpha_grad, int64_t channel_dim) {
-  auto result = staircase_relu_backward_meta(grad, saved, alpha, size, stride, bits, ste, alpha_grad, channel_dim);
+std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& saved,
+                                            const at::Tensor& alpha, c10::SymIntArrayRef size,
+                                            c10::SymIntArrayRef stride, int64_t bits, std::string_view ste,
+                                            std::string_view alpha_grad, int64_t channel_dim) {
+  auto result =
+      staircase_relu_backward_meta(grad, saved, alpha, size, stride, bits, ste, alpha_grad, channel_dim);
   const auto& [grad_x, grad_alpha] = result;
   const c10::cuda::CUDAGuard device(grad.device());
   const int64_t n = grad.numel();
@@ -87,7 +90,8 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
   const auto kept = saved.scalar_type() == at::kByte ? saved : laid_out_as(saved, grad_x);
   const auto view = channel_view(grad_x, alpha_channel_dim(grad, alpha, channel_dim));
   const auto step = alpha.to(at::toOpMathType(grad.scalar_type())).contiguous();
-  const auto partial = at::empty({view.channels, cuda::alpha_slices(view, n)}, grad.options().dtype(at::kDouble));
+  const auto partial =
+      at::empty({view.channels, cuda::alpha_slices(view, n)}, grad.options().dtype(at::kDouble));
   const auto total = at::empty({view.channels}, grad.options().dtype(at::kDouble));
   const auto stream = at::cuda::getCurrentCUDAStream();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "staircase_relu_cuda", [&] {

@@ -7,8 +7,9 @@
 #include "torchqat/math/region_code.h"
 #include "torchqat/math/staircase_backward.h"
 
-// Kernels of staircase_relu and their launches, over raw pointers. Every tensor is dense and in the same memory order.
-// A thread takes the eight elements that share a region word; the launches decide the grid from shapes alone.
+// Kernels of staircase_relu and their launches, over raw pointers. Every tensor is dense and in the same
+// memory order. A thread takes the eight elements that share a region word; the launches decide the grid from
+// shapes alone.
 namespace torchqat::cuda {
 
 constexpr int kGroup = math::kRegionsPerWord;
@@ -29,7 +30,8 @@ struct ChannelWalk {
   int64_t channel;
   int64_t left;  // elements of the current run, this one included
 
-  __device__ ChannelWalk(const math::ChannelView& v, int64_t position) : view(v), channel(v.channel_at(position)) {
+  __device__ ChannelWalk(const math::ChannelView& v, int64_t position)
+      : view(v), channel(v.channel_at(position)) {
     left = view.inner - (view.channels == 1 ? position : position % view.inner);
   }
   __device__ void next() {
@@ -50,7 +52,8 @@ __device__ __forceinline__ Pack<T, kGroup> load_group(const T* from, int64_t beg
 }
 
 template <typename T>
-__device__ __forceinline__ void store_group(T* to, int64_t begin, int64_t n, bool packed, const Pack<T, kGroup>& group) {
+__device__ __forceinline__ void store_group(T* to, int64_t begin, int64_t n, bool packed,
+                                            const Pack<T, kGroup>& group) {
   if (packed && begin + kGroup <= n) return store_pack(to + begin, group);
   TORCHQAT_UNROLL
   for (int i = 0; i < kGroup; ++i) {
@@ -61,8 +64,8 @@ __device__ __forceinline__ void store_group(T* to, int64_t begin, int64_t n, boo
 // y = the staircase of x, or its codes when out_t is uint8_t; and the regions where `regions` is not null.
 template <typename scalar_t, typename opmath_t, typename out_t>
 __global__ void __launch_bounds__(kThreads)
-    staircase_relu_kernel(const scalar_t* __restrict__ x, out_t* __restrict__ y, uint16_t* __restrict__ regions,
-                          StepSizes<opmath_t> steps, int64_t n, bool packed) {
+    staircase_relu_kernel(const scalar_t* __restrict__ x, out_t* __restrict__ y,
+                          uint16_t* __restrict__ regions, StepSizes<opmath_t> steps, int64_t n, bool packed) {
   for (int64_t g = grid_thread(); g < math::region_words(n); g += grid_threads()) {
     const int64_t begin = g * kGroup;
     const auto in = load_group(x, begin, n, packed);
@@ -89,10 +92,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename opmath_t, typename scalar_t, typename out_t>
-cudaError_t launch_staircase_relu(const scalar_t* x, out_t* y, uint16_t* regions, const StepSizes<opmath_t>& steps,
-                                  int64_t n, cudaStream_t stream) {
-  return launch(staircase_relu_kernel<scalar_t, opmath_t, out_t>, blocks_for(n, kGroup), stream, x, y, regions, steps,
-                n, pack_aligned<kGroup>(x, y));
+cudaError_t launch_staircase_relu(const scalar_t* x, out_t* y, uint16_t* regions,
+                                  const StepSizes<opmath_t>& steps, int64_t n, cudaStream_t stream) {
+  return launch(staircase_relu_kernel<scalar_t, opmath_t, out_t>, blocks_for(n, kGroup), stream, x, y,
+                regions, steps, n, pack_aligned<kGroup>(x, y));
 }
 
 // What backward keeps of the forward pass, element by element or in groups of eight: the regions, ...
@@ -142,13 +145,14 @@ inline int64_t alpha_slices(const math::ChannelView& view, int64_t n) {
   return (n / view.channels + slice - 1) / slice;
 }
 
-// Blocks of a channel each, in slices of its elements: grad_x, and one partial sum of alpha's gradient per block.
-// With `grouped`, eight elements that begin at a multiple of eight always belong to one channel.
+// Blocks of a channel each, in slices of its elements: grad_x, and one partial sum of alpha's gradient per
+// block. With `grouped`, eight elements that begin at a multiple of eight always belong to one channel.
 template <typename Kept, typename scalar_t, typename opmath_t>
 __global__ void __launch_bounds__(kThreads)
-    staircase_relu_backward_kernel(const scalar_t* __restrict__ grad, Kept kept, scalar_t* __restrict__ grad_x,
-                                   double* __restrict__ partial, StepSizes<opmath_t> steps, int64_t n, int64_t slices,
-                                   bool grouped, bool packed) {
+    staircase_relu_backward_kernel(const scalar_t* __restrict__ grad, Kept kept,
+                                   scalar_t* __restrict__ grad_x, double* __restrict__ partial,
+                                   StepSizes<opmath_t> steps, int64_t n, int64_t slices, bool grouped,
+                                   bool packed) {
   const int64_t channel = blockIdx.x / slices;
   const int64_t first = blockIdx.x % slices * kSlice;
   const int64_t per_channel = n / steps.view.channels;
@@ -181,12 +185,13 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partial[blockIdx.x] = static_cast<double>(sum);
 }
 
-// The same where channels alternate element by element: a block takes 32 neighbouring channels of a slice of rows.
+// The same where channels alternate element by element: a block takes 32 neighbouring channels of a slice of
+// rows.
 template <typename Kept, typename scalar_t, typename opmath_t>
 __global__ void __launch_bounds__(kThreads)
-    staircase_relu_backward_columns_kernel(const scalar_t* __restrict__ grad, Kept kept, scalar_t* __restrict__ grad_x,
-                                           double* __restrict__ partial, StepSizes<opmath_t> steps, int64_t n,
-                                           int64_t slices) {
+    staircase_relu_backward_columns_kernel(const scalar_t* __restrict__ grad, Kept kept,
+                                           scalar_t* __restrict__ grad_x, double* __restrict__ partial,
+                                           StepSizes<opmath_t> steps, int64_t n, int64_t slices) {
   __shared__ opmath_t sums[kRows][kColumns];
   const int column = threadIdx.x % kColumns;
   const int row = threadIdx.x / kColumns;
@@ -225,25 +230,26 @@ __global__ void __launch_bounds__(kThreads)
 // grad_x and grad_alpha (one per channel). `partial` holds channels * alpha_slices doubles.
 template <typename opmath_t, typename Kept, typename scalar_t>
 cudaError_t launch_staircase_relu_backward(const scalar_t* grad, const Kept& kept, scalar_t* grad_x,
-                                           double* grad_alpha, double* partial, const StepSizes<opmath_t>& steps,
-                                           int64_t n, cudaStream_t stream) {
+                                           double* grad_alpha, double* partial,
+                                           const StepSizes<opmath_t>& steps, int64_t n, cudaStream_t stream) {
   const auto& view = steps.view;
   const int64_t slices = alpha_slices(view, n);
   cudaError_t error = cudaSuccess;
   if (is_columns(view)) {
     const int64_t blocks = (view.channels + kColumns - 1) / kColumns * slices;
-    error = launch(staircase_relu_backward_columns_kernel<Kept, scalar_t, opmath_t>, static_cast<unsigned>(blocks),
-                   stream, grad, kept, grad_x, partial, steps, n, slices);
+    error = launch(staircase_relu_backward_columns_kernel<Kept, scalar_t, opmath_t>,
+                   static_cast<unsigned>(blocks), stream, grad, kept, grad_x, partial, steps, n, slices);
   } else {
     const bool grouped = view.channels == 1 || view.inner % kGroup == 0;
     bool packed = pack_aligned<kGroup>(grad, grad_x);
     if constexpr (requires { kept.x; }) packed = packed && pack_aligned<kGroup>(kept.x);
     error = launch(staircase_relu_backward_kernel<Kept, scalar_t, opmath_t>,
-                   static_cast<unsigned>(view.channels * slices), stream, grad, kept, grad_x, partial, steps, n, slices,
-                   grouped, packed);
+                   static_cast<unsigned>(view.channels * slices), stream, grad, kept, grad_x, partial, steps,
+                   n, slices, grouped, packed);
   }
   if (error != cudaSuccess) return error;
-  return launch(alpha_grad_kernel<double>, static_cast<unsigned>(view.channels), stream, partial, slices, grad_alpha);
+  return launch(alpha_grad_kernel<double>, static_cast<unsigned>(view.channels), stream, partial, slices,
+                grad_alpha);
 }
 
 }  // namespace torchqat::cuda

@@ -1,4 +1,4 @@
-"""What the operators must compute, written from the papers in eager torch. Shares nothing with the library."""
+"""What the operators must compute, from the papers, in eager torch. Shares nothing with the library."""
 
 import torch
 
@@ -53,8 +53,15 @@ def ste_slope(x, alpha, bits, ste, channel_dim=1):
 def alpha_slope(x, alpha, bits, rule, channel_dim=1):
     """The coarse derivative of the staircase in alpha."""
     z, q, top = opmath(x), (2**bits - 1) * along(alpha, x, channel_dim), 2**bits - 1
-    middle = {"exact": level(x, alpha, bits, channel_dim), "three_valued": 2 ** (bits - 1), "min": 1, "pact": 0}[rule]
-    slope = torch.where(z > q, top, torch.where(z > 0, torch.as_tensor(middle, dtype=z.dtype, device=z.device), 0.0))
+    middle = {
+        "exact": level(x, alpha, bits, channel_dim),
+        "three_valued": 2 ** (bits - 1),
+        "min": 1,
+        "pact": 0,
+    }[rule]
+    slope = torch.where(
+        z > q, top, torch.where(z > 0, torch.as_tensor(middle, dtype=z.dtype, device=z.device), 0.0)
+    )
     return torch.where(torch.isnan(z) | ~(q > 0), torch.nan, slope)
 
 
@@ -96,7 +103,7 @@ def best_scale_for(w, q):
 
 
 def exact_scale(w, bits):
-    """As the step falls, |w| gains level j at |w| / (j - 1/2): all of these in order, and the best fit of all."""
+    """As the step falls, |w| gains level j at |w| / (j - 1/2): all of these in order, the best fit."""
     magnitude = w.double().abs().flatten()
     if bits == 1:
         return magnitude.mean()
@@ -157,7 +164,7 @@ def warm_scale(y, before, bits):
 
 
 def bcgd_projection(y, before, bits, method):
-    """(scale in float64, step that assigns the levels or None where that is the scale, function that does)."""
+    """(scale in float64, step that assigns the levels or None where it is the scale, function that does)."""
 
     def nearest(step):
         return nearest_level(y, step, bits)

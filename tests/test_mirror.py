@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 import torchqat.functional as F
 
 ROOT = Path(__file__).parent.parent

@@ -7,12 +7,11 @@ import numpy as np
 import oracles
 import pytest
 import torch
-
 from torchqat.nn import OPTIMAL_ALPHA, StaircaseReLU
 
 
 def half_gaussian_error(alpha, bits):
-    """Mean squared error of the ceil staircase on max(z, 0), z ~ N(0, 1): Gauss-Legendre on each of its cells."""
+    """Mean squared error of the ceil staircase on max(z, 0), z ~ N(0, 1), by Gauss-Legendre on each cell."""
     nodes, weights = np.polynomial.legendre.leggauss(40)
     top = 2**bits - 1
     ends = np.append(np.arange(top) * alpha, max(12.0, top * alpha))

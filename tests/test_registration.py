@@ -1,15 +1,14 @@
-"""Every operator under every part of PyTorch that looks at operators: one table of samples, the same checks for all."""
+"""Every operator under every part of PyTorch that looks at operators: one table of samples."""
 
 import copy
 import os
 
 import pytest
 import torch
-from torch.library import opcheck
-from torch.utils.checkpoint import checkpoint
-
 import torchqat
 import torchqat.functional as F
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 
 ALL_CHECKS = (
     "test_schema",
@@ -35,7 +34,14 @@ def lists():
     params = [torch.where(y < 0, -y.abs().mean(), y.abs().mean()) for y in latents]
     grads = [torch.randn_like(p) for p in params]
     scales = [y.abs().mean() for y in latents]
-    return params, grads, latents, scales, [torch.zeros_like(p) for p in params], [torch.zeros(()) for _ in params]
+    return (
+        params,
+        grads,
+        latents,
+        scales,
+        [torch.zeros_like(p) for p in params],
+        [torch.zeros(()) for _ in params],
+    )
 
 
 # op -> samples (args, kwargs). An operator that is not here fails test_every_operator_has_samples.
@@ -58,17 +64,36 @@ SAMPLES = {
         ((x(), 4), dict(method="lloyd")),
         ((x(dtype=torch.float16), 2), dict(method="twn")),
     ],
-    "weight_codes": lambda: [((x(), alpha(), 4), {}), ((x(grad=False), alpha(3, grad=False), 2), dict(channel_dim=1))],
+    "weight_codes": lambda: [
+        ((x(), alpha(), 4), {}),
+        ((x(grad=False), alpha(3, grad=False), 2), dict(channel_dim=1)),
+    ],
     "bcgd_step_": lambda: [
         (lists(), dict(lr=torch.tensor(0.1), bits=1, momentum=0.9)),
         ((*lists()[:4], [], []), dict(lr=torch.tensor(0.1), bits=2)),
         (lists(), dict(lr=torch.tensor(0.1), bits=4, momentum=0.9, nesterov=True, weight_decay=1e-4)),
-        ((*lists()[:4], [], []), dict(lr=torch.tensor(0.1), bits=1, grad_scale=alpha(grad=False), found_inf=torch.zeros(()))),
+        (
+            (*lists()[:4], [], []),
+            dict(lr=torch.tensor(0.1), bits=1, grad_scale=alpha(grad=False), found_inf=torch.zeros(())),
+        ),
     ],
     "_bounded_alpha": lambda: [((alpha(3), 1e-3, 0.01, 1.0), {}), ((alpha(grad=False), 1.0, 1.0, 1.0), {})],
     "_staircase_relu_forward": lambda: [((x(grad=False), alpha(grad=False), 2, 1), {})],
     "_staircase_relu_backward": lambda: [
-        ((x(4, grad=False), torch.zeros(2, dtype=torch.uint8), alpha(grad=False), [4], [1], 2, "relu", "min", 1), {}),
+        (
+            (
+                x(4, grad=False),
+                torch.zeros(2, dtype=torch.uint8),
+                alpha(grad=False),
+                [4],
+                [1],
+                2,
+                "relu",
+                "min",
+                1,
+            ),
+            {},
+        ),
         ((x(4, grad=False), x(4, grad=False), alpha(grad=False), [4], [1], 2, "relu", "exact", 1), {}),
     ],
     "ste_names": lambda: [],
@@ -84,7 +109,11 @@ def detached(value):
     """The arguments again, as new leaves."""
     if isinstance(value, (list, tuple)):
         return type(value)(detached(v) for v in value)
-    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+    return (
+        value.detach().clone().requires_grad_(value.requires_grad)
+        if isinstance(value, torch.Tensor)
+        else value
+    )
 
 
 def leaves(args):
@@ -93,7 +122,11 @@ def leaves(args):
 
 def gradients(out, args):
     out = out if isinstance(out, torch.Tensor) else out[0]
-    return torch.autograd.grad((out * torch.arange(out.numel()).view_as(out)).sum(), leaves(args)) if out.requires_grad else ()
+    return (
+        torch.autograd.grad((out * torch.arange(out.numel()).view_as(out)).sum(), leaves(args))
+        if out.requires_grad
+        else ()
+    )
 
 
 def assert_same(actual, expected):
@@ -115,7 +148,9 @@ def test_opcheck(name, i):
     opcheck(overload(name), args, kwargs, test_utils=ALL_CHECKS)
 
 
-@pytest.mark.parametrize("name, i", [case for case in CASES if case[0] != "bcgd_step_"])  # which returns nothing
+@pytest.mark.parametrize(
+    "name, i", [case for case in CASES if case[0] != "bcgd_step_"]
+)  # which returns nothing
 def test_the_meta_kernel_predicts_shape_dtype_and_strides(name, i):
     args, kwargs = SAMPLES[name]()[i]
     with torch.no_grad():
@@ -234,7 +269,10 @@ def test_vmap_is_a_loop(op, per_channel, in_dims):
     if in_dims[1] == -1 and not per_channel:
         args = args[0], alphas
     actual = torch.vmap(lambda v, a: op(v, a, 2), in_dims)(*args)
-    expected = [op(xs[0 if in_dims[0] is None else k], alphas[0 if in_dims[1] is None else k], 2) for k in range(BATCH)]
+    expected = [
+        op(xs[0 if in_dims[0] is None else k], alphas[0 if in_dims[1] is None else k], 2)
+        for k in range(BATCH)
+    ]
     assert_same(actual, torch.stack(expected))
 
 

@@ -5,7 +5,6 @@ import math
 import oracles
 import pytest
 import torch
-
 import torchqat.functional as F
 
 STES = torch.ops.qat.ste_names()
@@ -200,7 +199,11 @@ def test_alpha_may_have_any_floating_dtype(dtype, alpha_dtype, device):
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_alpha_of_one_element_serves_any_shape(shape, device):
     alpha = torch.full(shape, 0.3, device=device)
-    for x in (torch.tensor(0.7, device=device), torch.randn(5, device=device), torch.randn(2, 3, 4, device=device)):
+    for x in (
+        torch.tensor(0.7, device=device),
+        torch.randn(5, device=device),
+        torch.randn(2, 3, 4, device=device),
+    ):
         y, grad_x, grad_alpha = run(x, alpha, 2, channel_dim=99)
         exactly(y, oracles.staircase(x, alpha, 2))
         assert grad_alpha.shape == alpha.shape and grad_x.shape == x.shape
@@ -282,16 +285,28 @@ def test_bad_input_is_named(op, requires_grad):
     for bits in (0, 9, -1):
         with pytest.raises(ValueError, match=rf"{name}: bits must be in 1..8, got {bits}"):
             call(alpha=alpha, bits=bits, op=op)
-    for x in (torch.ones(3, dtype=torch.int64), torch.ones(3, dtype=torch.complex64), torch.ones(3, dtype=torch.bool)):
-        with pytest.raises(TypeError, match=rf"{name}: x must be float64, float32, bfloat16 or float16, got "):
+    for x in (
+        torch.ones(3, dtype=torch.int64),
+        torch.ones(3, dtype=torch.complex64),
+        torch.ones(3, dtype=torch.bool),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"{name}: x must be float64, float32, bfloat16 or float16, got "
+        ):
             call(x, alpha, op=op)
     with pytest.raises(TypeError, match=rf"{name}: alpha must be float64, .* got Long"):
         call(alpha=torch.tensor(1), op=op)
-    with pytest.raises(ValueError, match=rf"{name}: alpha must have one element, or one for each of the 3 channels"):
+    with pytest.raises(
+        ValueError, match=rf"{name}: alpha must have one element, or one for each of the 3 channels"
+    ):
         call(alpha=torch.ones(2), op=op)
-    with pytest.raises(ValueError, match=rf"{name}: alpha must have shape \[\], \[1\] or \[channels\], got \[1, 3\]"):
+    with pytest.raises(
+        ValueError, match=rf"{name}: alpha must have shape \[\], \[1\] or \[channels\], got \[1, 3\]"
+    ):
         call(alpha=torch.ones(1, 3), op=op)
-    with pytest.raises(ValueError, match=rf"{name}: channel_dim must be in -2..1 for x of shape \[2, 3\], got 2"):
+    with pytest.raises(
+        ValueError, match=rf"{name}: channel_dim must be in -2..1 for x of shape \[2, 3\], got 2"
+    ):
         call(alpha=torch.ones(3), op=op, channel_dim=2)
     with pytest.raises(ValueError, match=rf"{name}: alpha must be on the device of x, meta, got cpu"):
         call(torch.randn(2, 3, device="meta"), alpha, op=op)
@@ -300,7 +315,9 @@ def test_bad_input_is_named(op, requires_grad):
 def test_unknown_names_are_answered_with_the_list():
     with pytest.raises(ValueError, match="unknown ste 'tanh'; choose one of " + ", ".join(STES)):
         call(ste="tanh")
-    with pytest.raises(ValueError, match="unknown alpha_grad 'mean'; choose one of exact, three_valued, min, pact"):
+    with pytest.raises(
+        ValueError, match="unknown alpha_grad 'mean'; choose one of exact, three_valued, min, pact"
+    ):
         call(alpha_grad="mean")
 
 

@@ -11,8 +11,7 @@ TORCH_LIBRARY(qat, m) {
       "staircase_relu(Tensor x, Tensor alpha, int bits, *, str ste='clipped_relu', "
       "str alpha_grad='three_valued', int channel_dim=1) -> Tensor",
       tags);
-  m.def("staircase_codes(Tensor x, Tensor alpha, int bits, *, int channel_dim=1) -> Tensor",
-      tags);
+  m.def("staircase_codes(Tensor x, Tensor alpha, int bits, *, int channel_dim=1) -> Tensor", tags);
   m.def("ste_names() -> str[]", torchqat::ste_names);
   m.def(
       "quantize_weight(Tensor weight, int bits, *, str method='exact', int? channel_dim=None) "
@@ -22,13 +21,18 @@ TORCH_LIBRARY(qat, m) {
   m.def(
       "bcgd_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] latents, Tensor(c!)[] scales, "
       "Tensor(d!)[] momentum_buffers, Tensor(e!)[] steps, *, Tensor lr, int bits, int? channel_dim=None, "
-      "str method='exact', float momentum=0.0, float dampening=0.0, float weight_decay=0.0, bool nesterov=False, "
+      "str method='exact', float momentum=0.0, float dampening=0.0, float weight_decay=0.0, bool "
+      "nesterov=False, "
       "float blend=1e-5, bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
       tags);
 
-  m.def("_staircase_relu_forward(Tensor x, Tensor alpha, int bits, int channel_dim) -> (Tensor y, Tensor regions)", tags);
   m.def(
-      "_staircase_relu_backward(Tensor grad, Tensor saved, Tensor alpha, SymInt[] size, SymInt[] stride, int bits, str ste, "
+      "_staircase_relu_forward(Tensor x, Tensor alpha, int bits, int channel_dim) -> (Tensor y, Tensor "
+      "regions)",
+      tags);
+  m.def(
+      "_staircase_relu_backward(Tensor grad, Tensor saved, Tensor alpha, SymInt[] size, SymInt[] stride, int "
+      "bits, str ste, "
       "str alpha_grad, int channel_dim) -> (Tensor grad_x, Tensor grad_alpha)",
       tags);
   m.def("_bounded_alpha(Tensor alpha, float minimum, float grad_scale, float grad_clip) -> Tensor", tags);

@@ -48,7 +48,9 @@ def _register_staircase(name):
     @register(f"qat::{name}")
     def rule(info, in_dims, x, alpha, bits, channel_dim=1, **options):
         size = info.batch_size
-        x, alpha, channel_dim, restore = _flatten_channels(name, x, in_dims[0], alpha, in_dims[1], channel_dim, size)
+        x, alpha, channel_dim, restore = _flatten_channels(
+            name, x, in_dims[0], alpha, in_dims[1], channel_dim, size
+        )
         return restore(op(x, alpha, bits, channel_dim=channel_dim, **options)), 0
 
 
@@ -57,17 +59,22 @@ _register_staircase("staircase_codes")
 
 
 def _register_one_by_one(name):
-    """For the private halves, whose packed codes do not batch: sample by sample (per-sample gradients take this way)."""
+    """For the private halves, whose packed codes do not batch: per-sample gradients go sample by sample."""
     op = getattr(torch.ops.qat, name)
 
     @register(f"qat::{name}")
     def rule(info, in_dims, *args):
         dims = list(in_dims) + [None] * (len(args) - len(in_dims))
         samples = [
-            op(*(a.select(d, i) if isinstance(a, torch.Tensor) and d is not None else a for a, d in zip(args, dims)))
+            op(
+                *(
+                    a.select(d, i) if isinstance(a, torch.Tensor) and d is not None else a
+                    for a, d in zip(args, dims, strict=True)
+                )
+            )
             for i in range(info.batch_size)
         ]
-        return tuple(torch.stack(parts) for parts in zip(*samples)), (0, 0)
+        return tuple(torch.stack(parts) for parts in zip(*samples, strict=True)), (0, 0)
 
 
 _register_one_by_one("_staircase_relu_forward")
@@ -92,7 +99,9 @@ def _batch_of_channels(name, weight, channel_dim):
 
 @register("qat::quantize_weight")
 def _quantize_weight(info, in_dims, weight, bits, *, method="exact", channel_dim=None):
-    weight, restore, scales = _batch_of_channels("quantize_weight", weight.movedim(in_dims[0], 0), channel_dim)
+    weight, restore, scales = _batch_of_channels(
+        "quantize_weight", weight.movedim(in_dims[0], 0), channel_dim
+    )
     quantized, scale = torch.ops.qat.quantize_weight(weight, bits, method=method, channel_dim=0)
     return (restore(quantized), scale.reshape(scales)), (0, 0)
 

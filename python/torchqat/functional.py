@@ -1,4 +1,4 @@
-"""The operators as documented functions. Each calls ``torch.ops.qat.<name>`` and adds nothing but defaults."""
+"""The operators as documented functions. Each calls ``torch.ops.qat.<name>`` and adds but defaults."""
 
 import torch
 from torch import Tensor
@@ -28,9 +28,10 @@ def staircase_relu(
         \sigma(x, \alpha) = \begin{cases} 0 & x \le 0 \\
             \alpha \cdot \min(\lceil x / \alpha \rceil,\, 2^b - 1) & x > 0 \end{cases}
 
-    A ceil quantiser with right-closed cells: ``x = k * alpha`` is left as it is, and the smallest positive ``x``
-    gives ``alpha``. Its slope is zero almost everywhere, so backward multiplies the gradient by the slope of a proxy
-    function instead, the straight-through estimator ``ste`` (:func:`ste_names`), with :math:`q = (2^b - 1) \alpha`:
+    A ceil quantiser with right-closed cells: ``x = k * alpha`` is left as it is, and the smallest positive
+    ``x`` gives ``alpha``. Its slope is zero almost everywhere, so backward multiplies the gradient by the
+    slope of a proxy function instead, the straight-through estimator ``ste`` (:func:`ste_names`), with
+    :math:`q = (2^b - 1) \alpha`:
 
     ======================= =================================== =================================
     ``ste``                 slope                               kept for backward
@@ -42,7 +43,8 @@ def staircase_relu(
     ``reverse_exponential`` exp(-x / q) for x > 0               x itself
     ======================= =================================== =================================
 
-    The gradient of ``alpha`` is the sum over its elements of the incoming gradient times, by the rule ``alpha_grad``:
+    The gradient of ``alpha`` is the sum over its elements of the incoming gradient times, by the rule
+    ``alpha_grad``:
 
     ================ ========= ============================ ========= ==============================
     ``alpha_grad``   x <= 0    0 < x <= q                   x > q     kept for backward
@@ -53,26 +55,28 @@ def staircase_relu(
     ``pact``         0         0                            2^b - 1   2 bits per element
     ================ ========= ============================ ========= ==============================
 
-    Where a slope is 0 the gradient is 0, whatever comes in. At ``x = NaN`` the result and both gradients are NaN.
-    Where ``alpha`` is not > 0 every output and gradient that it governs is NaN; that is not an error because finding
-    out would stall a GPU. The gradient of ``alpha`` is summed in an order that the shapes alone fix.
+    Where a slope is 0 the gradient is 0, whatever comes in. At ``x = NaN`` the result and both gradients are
+    NaN. Where ``alpha`` is not > 0 every output and gradient that it governs is NaN; that is not an error
+    because finding out would stall a GPU. The gradient of ``alpha`` is summed in an order that the shapes
+    alone fix.
 
     Args:
         x: activations of any shape and memory format; float64, float32, bfloat16 or float16.
-        alpha: step size, in the units of ``x``: one element (shape ``[]`` or ``[1]``), or one per channel (shape
-            ``[x.size(channel_dim)]``), on the device of ``x``, of any of the four dtypes.
+        alpha: step size, in the units of ``x``: one element (shape ``[]`` or ``[1]``), or one per channel
+            (shape ``[x.size(channel_dim)]``), on the device of ``x``, of any of the four dtypes.
         bits: width :math:`b` of the codes, 1 to 8.
         ste: the straight-through estimator, one of :func:`ste_names`.
         alpha_grad: ``exact``, ``three_valued``, ``min`` or ``pact``.
-        channel_dim: the dimension of ``x`` along which ``alpha`` lies; of no account when ``alpha`` has one element.
+        channel_dim: the dimension of ``x`` along which ``alpha`` lies; of no account when ``alpha`` has one
+            element.
 
     Returns:
         Tensor: shape, dtype and memory format of ``x``.
 
     Raises:
         TypeError: ``x`` or ``alpha`` is not of one of the four dtypes, or is not a dense tensor.
-        ValueError: ``bits`` is out of range, ``ste`` or ``alpha_grad`` unknown, ``alpha`` of a wrong shape or on
-            another device.
+        ValueError: ``bits`` is out of range, ``ste`` or ``alpha_grad`` unknown, ``alpha`` of a wrong shape or
+            on another device.
         NotImplementedError: forward-mode differentiation. (A second derivative raises ``RuntimeError``.)
 
     Example:
@@ -85,11 +89,12 @@ def staircase_relu(
         >>> x.grad, alpha.grad
         (tensor([0., 1., 1., 0.]), tensor(7.))
 
-    Source: Yin, Zhang, Lyu, Osher, Qi, Xin, "Blended coarse gradient descent for full quantization of deep neural
-    networks" (2019), section 2: the staircase, its coarse derivatives and the rules for alpha. Yin, Lyu, Zhang,
-    Osher, Qi, Xin, "Understanding straight-through estimator in training activation quantized neural nets" (2019):
-    the estimators. ``log_tailed_relu``: Cai, He, Sun, Vasconcelos, "Deep learning with low precision by half-wave
-    Gaussian quantization" (2017). ``pact``: Choi et al., "PACT: parameterized clipping activation" (2018).
+    Source: Yin, Zhang, Lyu, Osher, Qi, Xin, "Blended coarse gradient descent for full quantization of deep
+    neural networks" (2019), section 2: the staircase, its coarse derivatives and the rules for alpha. Yin,
+    Lyu, Zhang, Osher, Qi, Xin, "Understanding straight-through estimator in training activation quantized
+    neural nets" (2019): the estimators. ``log_tailed_relu``: Cai, He, Sun, Vasconcelos, "Deep learning with
+    low precision by half-wave Gaussian quantization" (2017). ``pact``: Choi et al., "PACT: parameterized
+    clipping activation" (2018).
     """
     return torch.ops.qat.staircase_relu(
         x, alpha, bits, ste=ste, alpha_grad=alpha_grad, channel_dim=channel_dim
@@ -106,8 +111,8 @@ def staircase_codes(x: Tensor, alpha: Tensor, bits: int = 4, *, channel_dim: int
         channel_dim: the dimension of ``x`` along which ``alpha`` lies.
 
     Returns:
-        Tensor: uint8, shape and memory format of ``x``, values 0 to ``2**bits - 1``. NaN has no step: where ``x`` is
-        NaN, or ``alpha`` is not > 0, the code is 0. Not differentiable.
+        Tensor: uint8, shape and memory format of ``x``, values 0 to ``2**bits - 1``. NaN has no step: where
+        ``x`` is NaN, or ``alpha`` is not > 0, the code is 0. Not differentiable.
 
     Raises:
         TypeError, ValueError: as :func:`staircase_relu`.
@@ -171,8 +176,8 @@ def quantize_weight(
         TypeError: ``weight`` is not of one of the four dtypes, or is not a dense tensor.
         ValueError: ``bits`` or ``channel_dim`` is out of range, ``method`` unknown, or ``twn`` with ``bits``
             other than 2.
-        NotImplementedError: ``weight`` is differentiated by :func:`torch.func.grad`, ``vjp`` or ``jvp``, which
-            would take the result for one whose derivative is zero. Detach it first.
+        NotImplementedError: ``weight`` is differentiated by :func:`torch.func.grad`, ``vjp`` or ``jvp``,
+            which would take the result for one whose derivative is zero. Detach it first.
 
     Example:
         >>> w = torch.tensor([0.9, -0.1, 1.1, -2.0])
@@ -204,8 +209,8 @@ def weight_codes(weight: Tensor, scale: Tensor, bits: int, *, channel_dim: int |
 
     Raises:
         TypeError: ``weight`` or ``scale`` is of a wrong dtype, or is not a dense tensor.
-        ValueError: ``bits`` or ``channel_dim`` is out of range, or ``scale`` is of a wrong shape or on another
-            device.
+        ValueError: ``bits`` or ``channel_dim`` is out of range, or ``scale`` is of a wrong shape or on
+            another device.
 
     Example:
         >>> w = torch.tensor([0.9, -0.1, 1.1, -2.0])

@@ -9,36 +9,51 @@ from torchqat import functional as F
 
 __all__ = ["StaircaseReLU"]
 
-# Step sizes with the least mean squared error for half-Gaussian input max(z, 0), z ~ N(0, 1) (tests recompute them).
-OPTIMAL_ALPHA = {1: 0.797885, 2: 0.486570, 3: 0.289310, 4: 0.166641, 5: 0.0938287, 6: 0.0519708, 7: 0.0284185, 8: 0.0153773}
-# The values that BCGD's authors start from; optimal for a round-to-nearest staircase rather than for this one.
+# Step sizes with the least mean squared error for half-Gaussian input max(z, 0), z ~ N(0, 1) (tests recompute
+# them).
+OPTIMAL_ALPHA = {
+    1: 0.797885,
+    2: 0.486570,
+    3: 0.289310,
+    4: 0.166641,
+    5: 0.0938287,
+    6: 0.0519708,
+    7: 0.0284185,
+    8: 0.0153773,
+}
+# The values that BCGD's authors start from; optimal for a round-to-nearest staircase rather than for this
+# one.
 PAPERS_ALPHA = {1: 1.2221, 2: 0.6511, 4: 0.1946}
 
 
 class StaircaseReLU(torch.nn.Module):
-    r"""The staircase ReLU with its own learnable step size: :func:`torchqat.functional.staircase_relu` as a module.
+    r"""The staircase ReLU with its own learnable step size: :func:`torchqat.functional.staircase_relu` as a
+    module.
 
     Args:
         bits: width of the activation codes, 1 to 8.
         ste: straight-through estimator of the backward pass, one of :func:`torchqat.functional.ste_names`.
         alpha_grad: rule for the gradient of the step size: ``exact``, ``three_valued``, ``min`` or ``pact``.
         channels: ``None`` for one step size, or the size of dimension 1 of the input for one per channel.
-        alpha_init: ``"optimal"``: the step size of least mean squared error where the input is standard normal, as
-            after batch normalisation; ``"papers"``: what BCGD's authors start from (bits 1, 2 and 4); or a number.
-            :func:`torchqat.calibrate` sets it from data.
+        alpha_init: ``"optimal"``: the step size of least mean squared error where the input is standard
+            normal, as after batch normalisation; ``"papers"``: what BCGD's authors start from (bits 1, 2 and
+            4); or a number. :func:`torchqat.calibrate` sets it from data.
         alpha_grad_scale: what the gradient of ``alpha`` is multiplied by.
-        alpha_grad_clip: what it is then clamped to, ``[-alpha_grad_clip, alpha_grad_clip]``; ``inf`` for no bound. The
-            module cannot know of a factor on the loss: with a gradient scaler give ``inf`` (and clip after
+        alpha_grad_clip: what it is then clamped to, ``[-alpha_grad_clip, alpha_grad_clip]``; ``inf`` for no
+            bound. The module cannot know of a factor on the loss: with a gradient scaler give ``inf`` (and
+            clip after
             ``unscale_``), or the bound times the scaler's factor, else alpha hardly moves.
-        alpha_min: the least step size that forward uses. The bound passes the gradient, and forward never writes
+        alpha_min: the least step size that forward uses. The bound passes the gradient, and forward never
+            writes
             ``alpha``; :class:`torchqat.optim.BCGD` clamps the parameter itself after its step.
 
     Shape:
         any; with ``channels`` dimension 1 must have that size. The result has the input's shape and dtype.
 
     Attributes:
-        alpha: the step size, a parameter of shape ``[]`` or ``[channels]``, in the units of the input; float32 unless the
-            module is converted. Keep it float32 beside half-precision activations: its small updates need it.
+        alpha: the step size, a parameter of shape ``[]`` or ``[channels]``, in the units of the input;
+            float32 unless the module is converted. Keep it float32 beside half-precision activations: its
+            small updates need it.
 
     Raises:
         ValueError: an option is out of range or unknown.
@@ -49,9 +64,9 @@ class StaircaseReLU(torch.nn.Module):
         >>> act(torch.tensor([-1.0, 0.2, 0.6, 9.0])).detach()
         tensor([0.0000, 0.5000, 1.0000, 1.5000])
 
-    Source: Yin, Zhang, Lyu, Osher, Qi, Xin, "Blended coarse gradient descent for full quantization of deep neural
-    networks" (2019), section 2; the defaults of ``alpha_grad_scale``, ``alpha_grad_clip`` and ``alpha_min`` are the
-    authors'.
+    Source: Yin, Zhang, Lyu, Osher, Qi, Xin, "Blended coarse gradient descent for full quantization of deep
+    neural networks" (2019), section 2; the defaults of ``alpha_grad_scale``, ``alpha_grad_clip`` and
+    ``alpha_min`` are the authors'.
     """
 
     def __init__(
@@ -93,17 +108,23 @@ class StaircaseReLU(torch.nn.Module):
         tables = {"optimal": OPTIMAL_ALPHA, "papers": PAPERS_ALPHA}
         if isinstance(alpha_init, str):
             if alpha_init not in tables:
-                raise ValueError(f"StaircaseReLU: alpha_init must be 'optimal', 'papers' or a number, got {alpha_init!r}")
+                raise ValueError(
+                    f"StaircaseReLU: alpha_init must be 'optimal', 'papers' or a number, got {alpha_init!r}"
+                )
             if self.bits not in tables[alpha_init]:
-                raise ValueError(f"StaircaseReLU: the papers give no alpha_init for {self.bits} bits, only for 1, 2, 4")
+                raise ValueError(
+                    f"StaircaseReLU: the papers give no alpha_init for {self.bits} bits, only for 1, 2, 4"
+                )
             return tables[alpha_init][self.bits]
         if not (alpha_init > 0 and math.isfinite(alpha_init)):
             raise ValueError(f"StaircaseReLU: alpha_init must be a finite number > 0, got {alpha_init}")
         return float(alpha_init)
 
     def step_size(self) -> Tensor:
-        """The step size that forward uses, ``alpha`` bounded below by ``alpha_min``, with its gradient's scale and clip."""
-        return torch.ops.qat._bounded_alpha(self.alpha, self.alpha_min, self.alpha_grad_scale, self.alpha_grad_clip)
+        """What forward uses: ``alpha``, not less than ``alpha_min``, with its gradient scaled and clipped."""
+        return torch.ops.qat._bounded_alpha(
+            self.alpha, self.alpha_min, self.alpha_grad_scale, self.alpha_grad_clip
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.staircase_relu(x, self.step_size(), self.bits, ste=self.ste, alpha_grad=self.alpha_grad)

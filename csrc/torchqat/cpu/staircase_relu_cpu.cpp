@@ -48,7 +48,8 @@ void for_each_run(const ChannelView& view, int64_t begin, int64_t end, F&& f) {
 
 // Calls f(i, staircase of element i) over all elements, in parallel.
 template <typename opmath_t, typename F>
-void for_each_element(int64_t n, const ChannelView& view, const std::vector<Staircase<opmath_t>>& stairs, F&& f) {
+void for_each_element(int64_t n, const ChannelView& view, const std::vector<Staircase<opmath_t>>& stairs,
+                      F&& f) {
   at::parallel_for(0, n, at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
     for_each_run(view, begin, end, [&](int64_t first, int64_t last, int64_t channel) {
       const auto stair = stairs[channel];
@@ -57,12 +58,14 @@ void for_each_element(int64_t n, const ChannelView& view, const std::vector<Stai
   });
 }
 
-// Between eight regions, a byte each, and the word that holds them; eight at a time, by multiplication and by table.
+// Between eight regions, a byte each, and the word that holds them; eight at a time, by multiplication and by
+// table.
 uint16_t pack_word(const Region* regions) {
   uint64_t bytes;
   std::memcpy(&bytes, regions, sizeof(bytes));
   const auto gather = [](uint64_t low_bits) { return low_bits * 0x0102040810204080U >> 56; };
-  return static_cast<uint16_t>(gather(bytes & 0x0101010101010101U) | gather(bytes >> 1 & 0x0101010101010101U) << 8);
+  return static_cast<uint16_t>(gather(bytes & 0x0101010101010101U) | gather(bytes >> 1 & 0x0101010101010101U)
+                                                                         << 8);
 }
 
 constexpr auto kSpread = [] {
@@ -82,11 +85,13 @@ void unpack_word(uint16_t word, Region* regions) {
 void pack(Region* tile, int64_t count, uint16_t* words) {
   const int64_t padded = math::region_words(count) * math::kRegionsPerWord;
   std::fill(tile + count, tile + padded, Region::below);
-  for (int64_t w = 0; w * math::kRegionsPerWord < count; ++w) words[w] = pack_word(tile + w * math::kRegionsPerWord);
+  for (int64_t w = 0; w * math::kRegionsPerWord < count; ++w)
+    words[w] = pack_word(tile + w * math::kRegionsPerWord);
 }
 
 void unpack(const uint16_t* words, int64_t count, Region* tile) {
-  for (int64_t w = 0; w * math::kRegionsPerWord < count; ++w) unpack_word(words[w], tile + w * math::kRegionsPerWord);
+  for (int64_t w = 0; w * math::kRegionsPerWord < count; ++w)
+    unpack_word(words[w], tile + w * math::kRegionsPerWord);
 }
 
 // In eight fixed lanes, which is what lets the compiler use vectors.
@@ -132,8 +137,8 @@ at::Tensor codes(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, int
   return k;
 }
 
-std::tuple<at::Tensor, at::Tensor> forward_with_regions(const at::Tensor& x, const at::Tensor& alpha, int64_t bits,
-                                                        int64_t channel_dim) {
+std::tuple<at::Tensor, at::Tensor> forward_with_regions(const at::Tensor& x, const at::Tensor& alpha,
+                                                        int64_t bits, int64_t channel_dim) {
   auto [y, regions] = staircase_relu_forward_meta(x, alpha, bits, channel_dim);
   const auto in = laid_out_as(x, y);
   const auto view = channel_view(y, alpha_channel_dim(x, alpha, channel_dim));
@@ -165,13 +170,15 @@ std::tuple<at::Tensor, at::Tensor> forward_with_regions(const at::Tensor& x, con
   return {y, regions};
 }
 
-// grad_x, and grad_alpha summed in an order that the shapes alone fix: chunks of a set size, float64 across elements.
-// `tile_grads(begin, end)` prepares a tile and returns a function of (incoming gradient, element, channel).
+// grad_x, and grad_alpha summed in an order that the shapes alone fix: chunks of a set size, float64 across
+// elements. `tile_grads(begin, end)` prepares a tile and returns a function of (incoming gradient, element,
+// channel).
 template <typename scalar_t, typename TileGrads>
 void backward_loop(const scalar_t* grad, scalar_t* grad_x, const at::Tensor& grad_alpha, int64_t n,
                    const ChannelView& view, TileGrads&& tile_grads) {
   using opmath_t = at::opmath_type<scalar_t>;
-  const int64_t chunk = at::divup(std::max<int64_t>(at::internal::GRAIN_SIZE, 8 * view.channels), kTile) * kTile;
+  const int64_t chunk =
+      at::divup(std::max<int64_t>(at::internal::GRAIN_SIZE, 8 * view.channels), kTile) * kTile;
   const int64_t chunks = at::divup(n, chunk);
   auto partial = at::zeros({chunks, view.channels}, at::kDouble);
   auto* sums = partial.mutable_data_ptr<double>();
@@ -198,12 +205,14 @@ void backward_loop(const scalar_t* grad, scalar_t* grad_x, const at::Tensor& gra
     for (int64_t c = 0; c < view.channels; ++c) totals[c] += sums[k * view.channels + c];
   }
   // A channel view merges the channels of a dimension of size 1, and of an empty tensor.
-  grad_alpha.copy_(total.numel() == grad_alpha.numel() ? total.view_as(grad_alpha) : total.expand_as(grad_alpha));
+  grad_alpha.copy_(total.numel() == grad_alpha.numel() ? total.view_as(grad_alpha)
+                                                       : total.expand_as(grad_alpha));
 }
 
-std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& saved, const at::Tensor& alpha,
-                                            c10::SymIntArrayRef size, c10::SymIntArrayRef stride, int64_t bits,
-                                            std::string_view ste, std::string_view alpha_grad, int64_t channel_dim) {
+std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& saved,
+                                            const at::Tensor& alpha, c10::SymIntArrayRef size,
+                                            c10::SymIntArrayRef stride, int64_t bits, std::string_view ste,
+                                            std::string_view alpha_grad, int64_t channel_dim) {
   auto [grad_x, grad_alpha] =
       staircase_relu_backward_meta(grad, saved, alpha, size, stride, bits, ste, alpha_grad, channel_dim);
   const auto upstream = laid_out_as(grad, grad_x);
@@ -212,31 +221,32 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
   const auto kept = from_regions ? saved : laid_out_as(saved, grad_x);
   const auto slope = alpha_slope(alpha_grad, bits);
   const auto dtype = grad.scalar_type();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "staircase_relu_cpu", [&, grad_x = grad_x,
-                                                                                            grad_alpha = grad_alpha] {
-    using opmath_t = at::opmath_type<scalar_t>;
-    const auto* g = upstream.const_data_ptr<scalar_t>();
-    auto* out = grad_x.mutable_data_ptr<scalar_t>();
-    with_ste(ste, [&]<typename Ste>(Ste) {
-      if (from_regions) {
-        const auto* words = reinterpret_cast<const uint16_t*>(kept.const_data_ptr<uint8_t>());
-        const auto grads = math::region_backward<opmath_t, Ste>(slope);
-        backward_loop(g, out, grad_alpha, grad.numel(), view, [&](int64_t begin, int64_t end, Region* tile) {
-          unpack(words + begin / math::kRegionsPerWord, end - begin, tile);
-          return [=](opmath_t v, int64_t i, int64_t) { return grads(v, tile[i - begin]); };
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, dtype, "staircase_relu_cpu", [&, grad_x = grad_x, grad_alpha = grad_alpha] {
+        using opmath_t = at::opmath_type<scalar_t>;
+        const auto* g = upstream.const_data_ptr<scalar_t>();
+        auto* out = grad_x.mutable_data_ptr<scalar_t>();
+        with_ste(ste, [&]<typename Ste>(Ste) {
+          if (from_regions) {
+            const auto* words = reinterpret_cast<const uint16_t*>(kept.const_data_ptr<uint8_t>());
+            const auto grads = math::region_backward<opmath_t, Ste>(slope);
+            backward_loop(g, out, grad_alpha, grad.numel(), view,
+                          [&](int64_t begin, int64_t end, Region* tile) {
+                            unpack(words + begin / math::kRegionsPerWord, end - begin, tile);
+                            return [=](opmath_t v, int64_t i, int64_t) { return grads(v, tile[i - begin]); };
+                          });
+          } else {
+            const auto* x = kept.const_data_ptr<scalar_t>();
+            const auto stairs = staircases<opmath_t>(alpha, bits);
+            const math::ValueBackward<Ste, opmath_t> at_x{slope};
+            backward_loop(g, out, grad_alpha, grad.numel(), view, [&](int64_t, int64_t, Region*) {
+              return [&](opmath_t v, int64_t i, int64_t channel) {
+                return at_x(v, static_cast<opmath_t>(x[i]), stairs[channel]);
+              };
+            });
+          }
         });
-      } else {
-        const auto* x = kept.const_data_ptr<scalar_t>();
-        const auto stairs = staircases<opmath_t>(alpha, bits);
-        const math::ValueBackward<Ste, opmath_t> at_x{slope};
-        backward_loop(g, out, grad_alpha, grad.numel(), view, [&](int64_t, int64_t, Region*) {
-          return [&](opmath_t v, int64_t i, int64_t channel) {
-            return at_x(v, static_cast<opmath_t>(x[i]), stairs[channel]);
-          };
-        });
-      }
-    });
-  });
+      });
   return {grad_x, grad_alpha};
 }
 

@@ -32,7 +32,8 @@ struct Staircase {
 
   // Step index, 0..top; NaN at x = NaN. The division is a true one: x * (1 / alpha) would move points
   // that lie on the grid up a step. The quotient is bounded first, so that its ceiling can be taken through
-  // an integer: every processor has vectors for that. The lower clamp serves x so small that x / alpha underflows.
+  // an integer: every processor has vectors for that. The lower clamp serves x so small that x / alpha
+  // underflows.
   TORCHQAT_HD T level(T x) const {
     T quotient = x / alpha;
     quotient = quotient > T(0) ? quotient : T(0);

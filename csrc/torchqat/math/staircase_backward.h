@@ -15,7 +15,8 @@ struct StaircaseGrad {
   T alpha;
 };
 
-// The derivative in alpha by region: 0 below, `inside`, `above`. `exact` puts the level in the place of `inside`.
+// The derivative in alpha by region: 0 below, `inside`, `above`. `exact` puts the level in the place of
+// `inside`.
 struct AlphaSlope {
   bool exact;
   float inside;

@@ -55,7 +55,9 @@ using SteCatalogue = std::tuple<Identity, Relu, ClippedRelu, LogTailedRelu, Reve
 
 // True for an STE whose slope is a function of the region alone.
 template <typename Ste>
-concept RegionSte = requires { Ste::passes(Region::inside); };
+concept RegionSte = requires {
+  Ste::passes(Region::inside);
+};
 
 // The derivative of the staircase in alpha, by region: 0 below, `inside`, and top above (BCGD, section 2).
 // `exact` is the level itself inside; a RegionSte with any other rule needs no more than the region.
@@ -85,7 +87,8 @@ using AlphaGradRules = std::tuple<Exact, ThreeValued, Min, Pact>;
 // Calls f(member) for the member of a list (a std::tuple of types) with that name; false when there is none.
 template <typename List, typename F>
 bool visit_named(std::string_view name, F&& f) {
-  return std::apply([&](auto... member) { return ((member.name == name && (f(member), true)) || ...); }, List{});
+  return std::apply([&](auto... member) { return ((member.name == name && (f(member), true)) || ...); },
+                    List{});
 }
 
 }  // namespace torchqat::math

@@ -8,8 +8,8 @@
 #include <memory>
 #include <type_traits>
 
-// Derivatives are hand-written autograd nodes rather than torch::autograd::Function, which torch.func refuses.
-// A node's backward must call dispatcher operators only, so that compilers can trace it.
+// Derivatives are hand-written autograd nodes rather than torch::autograd::Function, which torch.func
+// refuses. A node's backward must call dispatcher operators only, so that compilers can trace it.
 namespace torchqat {
 
 // A new node of type T. torch 2.13 moved nodes from shared_ptr to intrusive_ptr; this serves both.

@@ -6,14 +6,17 @@
 namespace torchqat {
 namespace {
 
-// max(alpha, minimum), through which the gradient passes also where the bound acts, multiplied by grad_scale and then
-// clamped to +-grad_clip: the training habits of BCGD's authors for a learnable step size, kept out of the operators
-// that state the mathematics.
-at::Tensor bounded_alpha(const at::Tensor& alpha, double minimum, double, double) { return alpha.clamp_min(minimum); }
+// max(alpha, minimum), through which the gradient passes also where the bound acts, multiplied by grad_scale
+// and then clamped to +-grad_clip: the training habits of BCGD's authors for a learnable step size, kept out
+// of the operators that state the mathematics.
+at::Tensor bounded_alpha(const at::Tensor& alpha, double minimum, double, double) {
+  return alpha.clamp_min(minimum);
+}
 
 auto dispatched() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("qat::_bounded_alpha", "").typed<decltype(bounded_alpha)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("qat::_bounded_alpha", "")
+                             .typed<decltype(bounded_alpha)>();
   return op;
 }
 
@@ -36,9 +39,11 @@ struct BoundedAlphaBackward : torch::autograd::Node {
   double grad_clip = 0;
 };
 
-at::Tensor bounded_alpha_autograd(const at::Tensor& alpha, double minimum, double grad_scale, double grad_clip) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(alpha),
-                              "StaircaseReLU: forward-mode derivatives (jvp) are not implemented; use reverse mode");
+at::Tensor bounded_alpha_autograd(const at::Tensor& alpha, double minimum, double grad_scale,
+                                  double grad_clip) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !has_tangent(alpha),
+      "StaircaseReLU: forward-mode derivatives (jvp) are not implemented; use reverse mode");
   at::Tensor result;
   {
     at::AutoDispatchBelowADInplaceOrView guard;

@@ -16,24 +16,27 @@ bool is_supported(at::ScalarType dtype) {
 }
 
 void check_alpha(std::string_view op, const at::Tensor& x, const at::Tensor& alpha, int64_t channel_dim) {
-  TORCH_CHECK_TYPE(alpha.layout() == at::kStrided, op, ": alpha must be a dense tensor, got layout ", alpha.layout());
-  TORCH_CHECK_TYPE(is_supported(alpha.scalar_type()),
-                   op, ": alpha must be float64, float32, bfloat16 or float16, got ", alpha.scalar_type());
-  TORCH_CHECK_VALUE(alpha.device() == x.device(), op, ": alpha must be on the device of x, ", x.device(), ", got ",
-                    alpha.device());
-  TORCH_CHECK_VALUE(alpha.dim() <= 1, op, ": alpha must have shape [], [1] or [channels], got ", alpha.sym_sizes());
-  if (alpha.dim() == 0 || alpha.sym_size(0) == 1) return;
-  TORCH_CHECK_VALUE(-x.dim() <= channel_dim && channel_dim < x.dim(), op, ": channel_dim must be in -", x.dim(), "..",
-                    x.dim() - 1, " for x of shape ", x.sym_sizes(), ", got ", channel_dim);
-  TORCH_CHECK_VALUE(alpha.sym_size(0) == x.sym_size(channel_dim), op, ": alpha must have one element, or one for each ",
-                    "of the ", x.sym_size(channel_dim), " channels of dimension ", channel_dim, " of x, got shape ",
+  TORCH_CHECK_TYPE(alpha.layout() == at::kStrided, op, ": alpha must be a dense tensor, got layout ",
+                   alpha.layout());
+  TORCH_CHECK_TYPE(is_supported(alpha.scalar_type()), op,
+                   ": alpha must be float64, float32, bfloat16 or float16, got ", alpha.scalar_type());
+  TORCH_CHECK_VALUE(alpha.device() == x.device(), op, ": alpha must be on the device of x, ", x.device(),
+                    ", got ", alpha.device());
+  TORCH_CHECK_VALUE(alpha.dim() <= 1, op, ": alpha must have shape [], [1] or [channels], got ",
                     alpha.sym_sizes());
+  if (alpha.dim() == 0 || alpha.sym_size(0) == 1) return;
+  TORCH_CHECK_VALUE(-x.dim() <= channel_dim && channel_dim < x.dim(), op, ": channel_dim must be in -",
+                    x.dim(), "..", x.dim() - 1, " for x of shape ", x.sym_sizes(), ", got ", channel_dim);
+  TORCH_CHECK_VALUE(alpha.sym_size(0) == x.sym_size(channel_dim), op,
+                    ": alpha must have one element, or one for each ", "of the ", x.sym_size(channel_dim),
+                    " channels of dimension ", channel_dim, " of x, got shape ", alpha.sym_sizes());
 }
 
-void check(std::string_view op, const at::Tensor& x, const at::Tensor& alpha, int64_t bits, int64_t channel_dim) {
+void check(std::string_view op, const at::Tensor& x, const at::Tensor& alpha, int64_t bits,
+           int64_t channel_dim) {
   TORCH_CHECK_TYPE(x.layout() == at::kStrided, op, ": x must be a dense tensor, got layout ", x.layout());
-  TORCH_CHECK_TYPE(is_supported(x.scalar_type()),
-                   op, ": x must be float64, float32, bfloat16 or float16, got ", x.scalar_type());
+  TORCH_CHECK_TYPE(is_supported(x.scalar_type()), op,
+                   ": x must be float64, float32, bfloat16 or float16, got ", x.scalar_type());
   TORCH_CHECK_VALUE(1 <= bits && bits <= 8, op, ": bits must be in 1..8, got ", bits);
   check_alpha(op, x, alpha, channel_dim);
 }
@@ -64,8 +67,8 @@ struct StaircaseReluBackward : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
     torch::autograd::variable_list result(2);
     if (!grads[0].defined()) return result;
-    auto [grad_x, grad_alpha] =
-        backward_op().call(grads[0], saved.unpack(), alpha.unpack(), size, stride, bits, ste, alpha_grad, channel_dim);
+    auto [grad_x, grad_alpha] = backward_op().call(grads[0], saved.unpack(), alpha.unpack(), size, stride,
+                                                   bits, ste, alpha_grad, channel_dim);
     if (task_should_compute_output(0)) result[0] = std::move(grad_x);
     if (task_should_compute_output(1)) result[1] = std::move(grad_alpha);
     return result;
@@ -85,8 +88,9 @@ struct StaircaseReluBackward : torch::autograd::Node {
     args.collect(alpha_grad);
     args.collect(channel_dim);
   }
-  torch::autograd::variable_list apply_with_saved(const torch::autograd::variable_list& grads,
-                                                  torch::dynamo::autograd::SwapSavedVariables& swap) override {
+  torch::autograd::variable_list apply_with_saved(
+      const torch::autograd::variable_list& grads,
+      torch::dynamo::autograd::SwapSavedVariables& swap) override {
     swap.before(saved);
     swap.before(alpha);
     swap.before(size);
@@ -109,12 +113,13 @@ struct StaircaseReluBackward : torch::autograd::Node {
   int64_t channel_dim = 0;
 };
 
-at::Tensor staircase_relu_autograd(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, std::string_view ste,
-                                   std::string_view alpha_grad, int64_t channel_dim) {
+at::Tensor staircase_relu_autograd(const at::Tensor& x, const at::Tensor& alpha, int64_t bits,
+                                   std::string_view ste, std::string_view alpha_grad, int64_t channel_dim) {
   check("staircase_relu", x, alpha, bits, channel_dim);
   const bool from_x = backward_needs_x(ste, alpha_grad, alpha.requires_grad() ? bits : 1);
-  TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(x) && !has_tangent(alpha),
-                              "staircase_relu: forward-mode derivatives (jvp) are not implemented; use reverse mode");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !has_tangent(x) && !has_tangent(alpha),
+      "staircase_relu: forward-mode derivatives (jvp) are not implemented; use reverse mode");
   const bool differentiate = at::GradMode::is_enabled() && (x.requires_grad() || alpha.requires_grad());
   at::Tensor y;
   at::Tensor regions;
@@ -141,7 +146,8 @@ at::Tensor staircase_relu_autograd(const at::Tensor& x, const at::Tensor& alpha,
   return y;
 }
 
-at::Tensor staircase_codes_autograd(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, int64_t channel_dim) {
+at::Tensor staircase_codes_autograd(const at::Tensor& x, const at::Tensor& alpha, int64_t bits,
+                                    int64_t channel_dim) {
   check("staircase_codes", x, alpha, bits, channel_dim);
   check_not_differentiated("staircase_codes", x);
   check_not_differentiated("staircase_codes", alpha);
@@ -156,14 +162,15 @@ std::optional<int64_t> alpha_channel_dim(const at::Tensor& x, const at::Tensor& 
   return at::maybe_wrap_dim(channel_dim, x.dim());
 }
 
-at::Tensor staircase_relu_meta(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, std::string_view ste,
-                               std::string_view alpha_grad, int64_t channel_dim) {
+at::Tensor staircase_relu_meta(const at::Tensor& x, const at::Tensor& alpha, int64_t bits,
+                               std::string_view ste, std::string_view alpha_grad, int64_t channel_dim) {
   check("staircase_relu", x, alpha, bits, channel_dim);
   backward_needs_x(ste, alpha_grad, bits);  // raises for unknown names
   return at::empty_like(x);
 }
 
-at::Tensor staircase_codes_meta(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, int64_t channel_dim) {
+at::Tensor staircase_codes_meta(const at::Tensor& x, const at::Tensor& alpha, int64_t bits,
+                                int64_t channel_dim) {
   check("staircase_codes", x, alpha, bits, channel_dim);
   return at::empty_like(x, x.options().dtype(at::kByte));
 }
@@ -175,14 +182,14 @@ std::tuple<at::Tensor, at::Tensor> staircase_relu_forward_meta(const at::Tensor&
   return {at::empty_like(x), at::empty_symint({bytes}, x.options().dtype(at::kByte))};
 }
 
-// The result's shape is stated rather than read off grad, whose shape compiled autograd does not know while it traces.
-std::tuple<at::Tensor, at::Tensor> staircase_relu_backward_meta(const at::Tensor& grad, const at::Tensor& saved,
-                                                                const at::Tensor& alpha, c10::SymIntArrayRef size,
-                                                                c10::SymIntArrayRef stride, int64_t, std::string_view,
-                                                                std::string_view, int64_t) {
+// The result's shape is stated rather than read off grad, whose shape compiled autograd does not know while
+// it traces.
+std::tuple<at::Tensor, at::Tensor> staircase_relu_backward_meta(
+    const at::Tensor& grad, const at::Tensor& saved, const at::Tensor& alpha, c10::SymIntArrayRef size,
+    c10::SymIntArrayRef stride, int64_t, std::string_view, std::string_view, int64_t) {
   TORCH_CHECK_VALUE(saved.device() == grad.device() && alpha.device() == grad.device(),
-                    "_staircase_relu_backward: grad, saved and alpha must be on one device, got ", grad.device(), ", ",
-                    saved.device(), " and ", alpha.device());
+                    "_staircase_relu_backward: grad, saved and alpha must be on one device, got ",
+                    grad.device(), ", ", saved.device(), " and ", alpha.device());
   return {at::empty_strided_symint(size, stride, grad.options()), at::empty_like(alpha)};
 }
 

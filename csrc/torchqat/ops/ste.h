@@ -16,7 +16,8 @@ namespace torchqat {
 template <typename List>
 std::string names_of() {
   std::string names;
-  std::apply([&](auto... member) { ((names += names.empty() ? "" : ", ", names += member.name), ...); }, List{});
+  std::apply([&](auto... member) { ((names += names.empty() ? "" : ", ", names += member.name), ...); },
+             List{});
   return names;
 }
 
@@ -24,7 +25,8 @@ std::string names_of() {
 template <typename F>
 void with_ste(std::string_view ste, F&& f) {
   const bool known = math::visit_named<math::SteCatalogue>(ste, std::forward<F>(f));
-  TORCH_CHECK_VALUE(known, "staircase_relu: unknown ste '", ste, "'; choose one of ", names_of<math::SteCatalogue>());
+  TORCH_CHECK_VALUE(known, "staircase_relu: unknown ste '", ste, "'; choose one of ",
+                    names_of<math::SteCatalogue>());
 }
 
 // Calls f(Rule{}) for the rule named `alpha_grad`.
@@ -35,8 +37,8 @@ void with_alpha_grad(std::string_view alpha_grad, F&& f) {
                     names_of<math::AlphaGradRules>());
 }
 
-// Whether backward reads x, or the regions suffice. At one bit the exact derivative in alpha is a function of the
-// region too; callers who do not want that derivative pass bits = 1.
+// Whether backward reads x, or the regions suffice. At one bit the exact derivative in alpha is a function of
+// the region too; callers who do not want that derivative pass bits = 1.
 inline bool backward_needs_x(std::string_view ste, std::string_view alpha_grad, int64_t bits) {
   bool slope_needs_x = false;
   bool level_needed = false;

@@ -389,6 +389,16 @@ def test_a_gradient_scaler_changes_nothing_in_exact_arithmetic(unscale):
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         BCGD(random_params(), **{"lr": 0.1, **options})
+    with pytest.raises(ValueError, match=message):
+        BCGD([{"params": random_params(), **options}], lr=0.1)
+
+
+@pytest.mark.parametrize("group", [{}, {"quant_bits": 1}])
+def test_lr_must_not_be_a_tensor_of_integers(group):
+    with pytest.raises(TypeError, match="a tensor as lr must be floating point, got torch.int64"):
+        BCGD([{"params": random_params(), **group}], lr=torch.tensor(1))
+    with pytest.raises(TypeError, match="a tensor as lr must be floating point, got torch.int64"):
+        BCGD([{"params": random_params(), **group, "lr": torch.tensor(1)}], lr=0.1)
 
 
 @pytest.mark.parametrize(
@@ -403,6 +413,9 @@ def test_options_out_of_range_are_refused(options, message):
         ({"quant_bits": 1, "channel_dim": 5}, (ValueError, IndexError), "channel_dim"),
         ({"quant_bits": 1, "min_value": 0.1}, ValueError, "min_value is for groups without quant_bits"),
         ({"quant_bits": 1, "lr": -1.0}, ValueError, "lr must be at least 0"),
+        ({"momentum": -1}, ValueError, "momentum must be at least 0, got -1"),
+        ({"quantbits": 1}, ValueError, "unknown option 'quantbits', did you mean 'quant_bits'"),
+        ({"quant_bits": 1, "chanel_dim": 0}, ValueError, "did you mean 'channel_dim'"),
         (
             {"quant_bits": 1, "params": [torch.zeros(3, dtype=torch.int64)]},
             TypeError,
@@ -421,6 +434,12 @@ def test_a_bad_group_is_refused_and_leaves_the_optimizer_as_it_was(group, error,
     assert_same(fresh, values)
     with pytest.raises(error, match=message):
         BCGD([{"params": fresh, **group}], lr=0.1)
+
+
+def test_groups_may_have_keys_of_others():
+    others = ["name", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"]
+    optimizer = BCGD([{"params": random_params(), "quant_bits": 1, **dict.fromkeys(others, 0.5)}], lr=0.1)
+    assert all(optimizer.param_groups[0][key] == 0.5 for key in others)
 
 
 def test_sparse_gradients_are_refused_before_anything_changes():

@@ -150,5 +150,8 @@ def test_what_cannot_be_quantized_is_named():
         param_groups(Net(), 1, exclude="nowhere")
     with pytest.raises(TypeError, match="exclude takes module names and types"):
         param_groups(Net(), 1, exclude=[3])
-    with pytest.raises(ValueError, match="quant_bits must be in 1..8, got 9"):
-        BCGD(param_groups(Net(), 9), lr=0.1)
+    for bits in (0, 9):
+        with pytest.raises(ValueError, match=f"param_groups: weight_bits must be in 1..8, got {bits}"):
+            param_groups(Net(), bits)
+    with pytest.raises(TypeError, match="param_groups: weight_bits must be an int or None, got 2.0"):
+        param_groups(Net(), 2.0)

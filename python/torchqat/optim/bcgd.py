@@ -70,8 +70,10 @@ class BCGD(LatentOptimizer):
     are float32 for half and bfloat16 parameters, else of the parameter's dtype.
 
     Raises:
-        ValueError: options out of range, a ``state_dict`` of another model or another quantization.
-        TypeError: a parameter that is not real floating point in a quantized group.
+        ValueError: options out of range or misspelt, a ``state_dict`` of another model or another
+            quantization.
+        TypeError: a parameter that is not real floating point in a quantized group; a tensor of integers as
+            ``lr``; ``quant_bits`` that is no int.
         RuntimeError: sparse gradients in a quantized group; a step inside :meth:`latents`.
 
     Example:
@@ -124,7 +126,7 @@ class BCGD(LatentOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            checks.check_group(group)
+            checks.check_group(group, self.defaults)
             self._adopt(quantized_pairs([group]))
         except Exception:
             self.param_groups.pop()

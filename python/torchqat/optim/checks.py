@@ -1,5 +1,6 @@
 """What BCGD refuses: options out of range, parameters and checkpoints that do not fit."""
 
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,8 @@ def check_options(options: Group) -> None:
     lr, momentum, weight_decay = options["lr"], options["momentum"], options["weight_decay"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"BCGD: a tensor as lr must have one element, got shape {tuple(lr.shape)}")
+    if isinstance(lr, Tensor) and not lr.is_floating_point():
+        raise TypeError(f"BCGD: a tensor as lr must be floating point, got {lr.dtype}")
     for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
         if not value >= 0.0:
             raise ValueError(f"BCGD: {name} must be at least 0, got {value}")
@@ -24,15 +27,27 @@ def check_options(options: Group) -> None:
         raise ValueError("BCGD: Nesterov momentum requires a momentum and zero dampening")
 
 
-def check_group(group: Group) -> None:
-    """Raises where a group asks for a quantization that there is not; quantize_weight checks the rest."""
-    bits = group["quant_bits"]
+def check_bits(name: str, bits: int | None) -> None:
     if bits is None:
         return
     if isinstance(bits, bool) or not isinstance(bits, int):
-        raise TypeError(f"BCGD: quant_bits must be an int or None, got {bits!r}")
+        raise TypeError(f"{name} must be an int or None, got {bits!r}")
     if not 1 <= bits <= 8:
-        raise ValueError(f"BCGD: quant_bits must be in 1..8, got {bits}")
+        raise ValueError(f"{name} must be in 1..8, got {bits}")
+
+
+def check_group(group: Group, defaults: Group) -> None:
+    """Raises where a group has a misspelt option, one out of range, or a quantization that there is not;
+    quantize_weight checks the rest."""
+    for key in group.keys() - defaults.keys():
+        # Only what looks like one of ours: schedulers and users keep keys of their own in the groups. The
+        # cutoff lies above the likeness of max_momentum, a scheduler's, to momentum: 0.8.
+        if meant := get_close_matches(key, defaults, n=1, cutoff=0.85):
+            raise ValueError(f"BCGD: a group has the unknown option {key!r}, did you mean {meant[0]!r}?")
+    check_options(group)
+    check_bits("BCGD: quant_bits", group["quant_bits"])
+    if group["quant_bits"] is None:
+        return
     if group["min_value"] is not None:
         raise ValueError("BCGD: min_value is for groups without quant_bits")
     for p in group["params"]:
@@ -40,7 +55,6 @@ def check_group(group: Group) -> None:
             raise TypeError(
                 f"BCGD: parameters of a group with quant_bits must be floating point, got {p.dtype}"
             )
-    check_options(group)
 
 
 def refuse_sparse_gradients(params: list[Tensor]) -> None:

@@ -8,6 +8,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from torchqat._excluded import Excluded
 from torchqat.nn import StaircaseReLU
+from torchqat.optim.checks import check_bits
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -51,8 +52,10 @@ def param_groups(
         list[dict]: the groups, for BCGD or to be edited first.
 
     Raises:
-        ValueError: there is no weight to quantize; the weight of a layer is not its own parameter
-            (weight norm and other parametrizations) or has no shape yet (lazy modules): exclude such layers.
+        TypeError: ``weight_bits`` is neither an int nor None.
+        ValueError: ``weight_bits`` is out of range; there is no weight to quantize; the weight of a layer
+            is not its own parameter (weight norm and other parametrizations) or has no shape yet (lazy
+            modules): exclude such layers.
 
     Example:
         >>> import torch, torchqat
@@ -63,6 +66,7 @@ def param_groups(
         [('quantized', 2), ('alphas', 1), ('float', 2)]
         >>> optimizer = torchqat.optim.BCGD(groups, lr=0.05, momentum=0.9)
     """
+    check_bits("param_groups: weight_bits", weight_bits)
     layers = [module for module in model.modules() if isinstance(module, WEIGHTED)]
     left_float = set(layers[: 0 if quantize_first else 1] + ([] if quantize_last else layers[-1:]))
     excluded = Excluded("param_groups", exclude, model)

@@ -28,14 +28,12 @@ def step_on(model, optimizer, x, target, scale=1.0):
 
 def assert_close_runs(ours, theirs):
     """The same up to the rounding of sums, which moves latents and must not flip a weight."""
-    for (model, optimizer), (other, reference) in [(ours, theirs)]:
-        for p, q in zip(model.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
-        for p, q in zip(
-            optimizer.param_groups[0]["params"], reference.param_groups[0]["params"], strict=True
-        ):
-            torch.testing.assert_close(optimizer.latent(p), reference.latent(q), rtol=1e-10, atol=1e-12)
-            assert torch.equal(p > 0, q > 0)
+    (model, optimizer), (other, reference) = ours, theirs
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+    for p, q in zip(optimizer.param_groups[0]["params"], reference.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(optimizer.latent(p), reference.latent(q), rtol=1e-10, atol=1e-12)
+        assert torch.equal(p > 0, q > 0)
 
 
 def run_whole_batches(steps=5):
@@ -120,8 +118,8 @@ def test_training_learns():
     assert all(w.abs().unique().numel() == 1 for w in optimizer.param_groups[0]["params"])
 
 
-def test_accelerate_style_wrapping_of_groups_trains_alike():
-    """Groups edited after construction: what schedulers and frameworks do."""
+def test_lr_edited_in_the_groups_trains_as_if_given_at_first():
+    """As schedulers and frameworks do."""
     model, other = small_net(), small_net()
     optimizer, reference = quantized(model, lr=0.1), quantized(other, lr=0.05)
     for group in optimizer.param_groups:

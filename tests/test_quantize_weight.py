@@ -126,26 +126,24 @@ def test_gaussian_errors_are_the_known_ones():
 
 
 @pytest.mark.slow
-def test_scratch_and_time_of_eleven_million_weights():
-    """At 8 bits, one thread: at most 16 bytes of scratch per weight, and 10 s of the processor's time."""
+def test_scratch_of_eleven_million_weights():
+    """At 8 bits: at most 16 bytes of scratch per weight. (The benchmark says how long it takes.)"""
     program = """
-import resource, sys, time, torch, torchqat
+import resource, sys, torch, torchqat
 torch.set_num_threads(1)
 channel_dim = 0 if sys.argv[1] == "channel" else None
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 torchqat.functional.quantize_weight(torch.randn(8, 9), 8, channel_dim=channel_dim)
 w = torch.randn(4800, 2304)
-before, start = peak(), time.process_time()
+before = peak()
 torchqat.functional.quantize_weight(w, 8, channel_dim=channel_dim)
-print((peak() - before) / w.numel(), time.process_time() - start)
+print((peak() - before) / w.numel())
 """
     for per, most in (("tensor", 16), ("channel", 5)):  # 4 are the result's, written when the scratch is gone
         done = subprocess.run(
             [sys.executable, "-c", program, per], capture_output=True, text=True, check=True
         )
-        bytes_per_weight, seconds = map(float, done.stdout.split())
-        assert bytes_per_weight <= most
-        assert seconds <= 10
+        assert float(done.stdout) <= most
 
 
 # ---- the other methods, and one bit ----

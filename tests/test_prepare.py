@@ -71,6 +71,29 @@ class MakesTensors(nn.Module):
         return F.relu(x + torch.arange(4))
 
 
+class HoldsFunctions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.relu, F.relu6
+
+    def forward(self, x, scale=1.0):
+        return self.second(self.first(x) * scale)
+
+
+class Scriptable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.act(x)
+
+
+class ScriptableFunctional(nn.Module):
+    def forward(self, x):
+        return F.relu(x)
+
+
 def staircases(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, StaircaseReLU)}
 
@@ -180,6 +203,26 @@ def test_what_has_no_call_in_python_is_named():
         torchqat.prepare(nn.Sequential(Own()))
 
 
+def test_functions_held_by_a_forward_that_does_not_trace_are_named():
+    with pytest.warns(UserWarning, match="not quantised"):
+        model = torchqat.prepare(nn.Sequential(HoldsFunctions()), 2)
+    assert model.prepare_report.not_replaced == [
+        f"0.{name}: a function inside HoldsFunctions" for name in ("first", "second")
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(3))])
+def test_relus_in_torchscript_are_named(compiled):
+    model = nn.Sequential(compiled(Scriptable()), compiled(ScriptableFunctional()), compiled(nn.Linear(3, 3)))
+    with pytest.warns(UserWarning, match="not quantised"):
+        torchqat.prepare(model, 2)
+    first, second = model.prepare_report.not_replaced
+    assert first.startswith("0: 0.act (in TorchScript")
+    assert second.startswith("1: it calls a ReLU (in TorchScript")
+    quietly(model, exclude=["0", "1"])  # says nothing
+
+
 @pytest.mark.parametrize("exclude", ["0", ["0.act", "2"], [Block], Block])
 def test_excluded_modules_stay(exclude):
     model = quietly(nn.Sequential(Block(), nn.ReLU(), nn.Sequential(Block())), exclude=exclude)
@@ -203,17 +246,18 @@ def test_bad_options_leave_the_model_alone():
         torchqat.prepare(nn.ReLU())
 
 
-def test_mode_device_dtype_and_hooks_are_kept(device):
-    model = nn.Sequential(nn.Linear(4, 4), Block(), nn.ReLU()).to(device, torch.bfloat16).eval()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_mode_device_and_hooks_are_kept_and_alpha_is_never_half(device, dtype):
+    model = nn.Sequential(nn.Linear(4, 4), Block(), nn.ReLU()).to(device, dtype).eval()
     seen = []
     handle = model[2].register_forward_hook(lambda *_: seen.append(1))
     quietly(model)
     assert not any(module.training for module in model.modules())
     assert {(m.alpha.device.type, m.alpha.dtype) for m in staircases(model).values()} == {
-        (device.type, torch.bfloat16)
+        (device.type, torch.float64 if dtype == torch.float64 else torch.float32)
     }
-    x = torch.randn(2, 4, device=device, dtype=torch.bfloat16)
-    model(x)
+    x = torch.randn(2, 4, device=device, dtype=dtype)
+    assert model(x).dtype == dtype
     handle.remove()
     model(x)
     assert seen == [1]

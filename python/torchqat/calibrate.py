@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from torchqat.nn import StaircaseReLU
 from torchqat._step_size import Histogram
+from torchqat.nn import StaircaseReLU
 
 
 def calibrate(model: nn.Module, batches: Iterable) -> nn.Module:
@@ -39,6 +39,7 @@ def calibrate(model: nn.Module, batches: Iterable) -> nn.Module:
     Raises:
         ValueError: the model has no StaircaseReLU, there is no batch, or a StaircaseReLU is given NaN or
             infinity. No step size has changed then.
+        TypeError: a batch has none of the forms above.
 
     Example:
         >>> import torchqat

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from torchqat import _rewrite
@@ -11,6 +12,7 @@ from torchqat._excluded import Excluded
 from torchqat.nn import StaircaseReLU
 
 RELUS = (nn.ReLU, nn.ReLU6)
+SCRIPTED_CALLS = ("aten::relu", "aten::relu_", "aten::relu6", "aten::relu6_")
 
 
 @dataclass
@@ -32,7 +34,7 @@ def prepare(
     model: nn.Module,
     act_bits: int = 4,
     *,
-    exclude: Iterable[str | type] = (),
+    exclude: str | type | Iterable[str | type] = (),
     ste: str = "clipped_relu",
     alpha_grad: str = "three_valued",
     **options,
@@ -44,17 +46,20 @@ def prepare(
     ``torch.relu`` or ``Tensor.relu``, gets one StaircaseReLU per call: its forward function is traced with
     torch.fx and rewritten (the object stays an instance of its class). A forward that fx cannot trace
     faithfully (control flow that depends on data or on ``self.training``, optional arguments, tensors it
-    makes itself) is left as it is; what then stays unquantised, or shares a step, is told by name in one
-    warning and in ``model.prepare_report``. As always with fx, a rewritten forward has the Python values
-    of this moment built in.
+    makes itself) is left as it is; what is then seen to stay unquantised, or to share a step, is told by
+    name in one warning and in ``model.prepare_report``, and so are ReLUs inside TorchScript. No inspection
+    sees all: a ReLU that such a forward calls through a function outside its class, or takes from a plain
+    Python list, stays as it is and is not told. As always with fx, a rewritten forward has the Python
+    values of this moment built in.
 
-    Training mode, device, dtype and hooks are kept, and weights are not touched: quantize those with
-    :class:`~torchqat.optim.BCGD`. Preparing twice changes nothing the second time.
+    Training mode, device and hooks are kept. Step sizes are float32, float64 in a float64 model, and never
+    less: convert a model to half precision before preparing it. Weights are not touched: quantize those
+    with :class:`~torchqat.optim.BCGD`. Preparing twice changes nothing the second time.
 
     Args:
         model: any module that is not a ReLU itself. Changed in place.
         act_bits: width of the activations, 1 to 8.
-        exclude: names of modules to leave alone, with all that is inside them, and types.
+        exclude: modules to leave alone, with all that is inside them: one name or type, or several.
         ste: see :func:`torchqat.functional.ste_names`.
         alpha_grad: the rule for the gradient of alpha: ``exact``, ``three_valued``, ``min`` or ``pact``.
         options: further options of :class:`~torchqat.nn.StaircaseReLU`, for every one of them.
@@ -76,8 +81,9 @@ def prepare(
     report = PrepareReport()
     made = _replace_modules(model, lambda: StaircaseReLU(act_bits, **options), left_alone, report)
     taken: set[nn.Module] = set()
+    scripted = _report_scripted(model, left_alone, report)
     for name, owner in list(model.named_modules()):
-        if left_alone(name):
+        if left_alone(name) or owner in scripted:
             continue
         if type(owner).__module__.startswith("torch.nn."):
             report.not_replaced += _functions_held(name, owner)
@@ -121,24 +127,49 @@ def _replace_modules(model, new, left_alone, report) -> dict[nn.Module, bool]:
 
 
 def _adopt(staircase: StaircaseReLU, owner: nn.Module, model: nn.Module) -> StaircaseReLU:
-    """Moves a new StaircaseReLU to where its surroundings are: training mode, device and floating dtype."""
+    """Moves a new StaircaseReLU to where its surroundings are: training mode, device, float64.
+
+    Its alpha never has less than float32: in half precision most of its small updates would round to nothing.
+    """
     for module in (owner, model):
         near = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
         if near is not None and near is not staircase.alpha:
-            staircase.to(device=near.device, dtype=near.dtype)
+            wide = torch.float64 if near.dtype == torch.float64 else torch.float32
+            staircase.to(device=near.device, dtype=wide)
             break
     return staircase.train(owner.training)
 
 
 def _functions_held(name: str, module: nn.Module) -> list[str]:
-    """ReLU functions that a module of torch keeps as an attribute, as nn.TransformerEncoderLayer does."""
-    held = [key for key, value in vars(module).items() if callable(value) and value in _rewrite.FUNCTIONS]
+    """ReLU functions that a module keeps as an attribute, as nn.TransformerEncoderLayer does."""
+    held = [key for key, value in vars(module).items() if any(value is f for f in _rewrite.FUNCTIONS)]
     return [f"{_join(name, key)}: a function inside {type(module).__name__}" for key in held]
+
+
+def _report_scripted(model: nn.Module, left_alone, report: PrepareReport) -> set[nn.Module]:
+    """Tells of ReLUs in TorchScript, which cannot be rewritten; returns all modules that are TorchScript."""
+    scripted: set[nn.Module] = set()
+    for name, owner in model.named_modules():
+        if owner in scripted or not isinstance(owner, torch.jit.ScriptModule) or left_alone(name):
+            continue
+        scripted.update(owner.modules())
+        inner = [
+            _join(name, slot) for slot, m in owner.named_modules() if m.original_name in ("ReLU", "ReLU6")
+        ]
+        graph = getattr(owner, "inlined_graph", None)
+        calls = graph is not None and any(graph.findAllNodes(kind) for kind in SCRIPTED_CALLS)
+        if inner or calls:
+            what = ", ".join(inner) or "it calls a ReLU"
+            report.not_replaced.append(
+                f"{name or owner.original_name}: {what} (in TorchScript: prepare the model before that)"
+            )
+    return scripted
 
 
 def _report_untraced(name, owner, made, reason: str, report: PrepareReport) -> None:
     calls = _rewrite.calls_in_source(owner)
     label = name or type(owner).__name__
+    report.not_replaced += _functions_held(name, owner)
     for callee, where in calls:
         if _rewrite.is_functional_relu(callee):
             report.not_replaced.append(f"{label}: {callee} at {where} ({reason})")

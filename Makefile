@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .PHONY: help demo test bench format build clean
 
 PYTHON_IN_VENV := .venv/bin/python
-DEMO := examples/train_classifier.py --dataset digits --weight-bits 1 --act-bits 2 --out runs/demo
+DEMO := examples/train_classifier.py --dataset digits --weight-bits 1 --act-bits 2 --out runs/demo --overwrite
 
 help:  ## say what there is to make
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16

@@ -40,7 +40,9 @@ def load(path: Path, settings: dict, seed: int) -> dict:
     """Reads a checkpoint of the same settings. Never runs code from the file (weights_only)."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError):
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError):
         raise CheckpointError(f"{path} is damaged or not a checkpoint") from None
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this program")

@@ -49,7 +49,8 @@ class Data:
 
     def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch in random order, in batches of nearly equal size."""
-        count = -(-len(self.labels) // batch_size)
+        # Batch normalisation cannot train on one image: rather than that, batches of two take in a third.
+        count = min(-(-len(self.labels) // batch_size), len(self.labels) // 2)
         for index in torch.randperm(len(self.labels)).tensor_split(count):
             images = _moved(self.images[index], self.shift, self.mirror)
             yield self.normalised(images, device), self.labels[index].to(device)

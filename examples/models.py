@@ -78,10 +78,6 @@ class _Residual(nn.Module):
         return self.relu(y + shortcut)
 
 
-def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def class_scores(model: nn.Module, images: Tensor, batch_size: int = 1000) -> Tensor:
     """The outputs of a model in eval mode for any number of images."""
     model.eval()

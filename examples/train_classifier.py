@@ -5,7 +5,8 @@
     python examples/train_classifier.py --dataset cifar10 --model resnet20 --act-bits 4 --device cuda
 
 Everything goes to --out: a checkpoint per epoch, both networks with their weights packed, metrics and plots.
-Ctrl-C leaves a good checkpoint; the same command with --resume goes on from it, bit for bit.
+Ctrl-C leaves a good checkpoint; the same command with --resume goes on from it, bit for bit. Without it a
+checkpoint that is there already is kept, and refused unless --overwrite is given.
 """
 
 import argparse
@@ -37,8 +38,15 @@ def main() -> None:
     except (data.DataError, checkpoint.CheckpointError, packing.PackingError) as error:
         checkpoint.fail(str(error))
     except checkpoint.Stopped as stop:
-        print(f"\nstopped. {args.out} has the last whole epoch; the same command with --resume goes on there")
+        print(f"\nstopped. {_left_behind(args)}")
         raise SystemExit(stop.exit_code) from None
+
+
+def _left_behind(args: argparse.Namespace) -> str:
+    if not any((args.out / f"seed-{seed}" / "checkpoint.pt").exists() for seed in args.seeds):
+        return "There is no checkpoint yet"
+    how = "--resume in place of --overwrite" if args.overwrite else "--resume"
+    return f"{args.out} has the last whole epoch; the same command with {how} goes on there"
 
 
 class Run:
@@ -51,6 +59,8 @@ class Run:
         self.saved = None
         if args.resume and self.checkpoint.exists():
             self.saved = checkpoint.load(self.checkpoint, args.settings, seed)
+        elif args.overwrite:
+            self.checkpoint.unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.progress = self.saved["progress"] if self.saved else {"history": [], "bytes": {}, "seconds": 0.0}
 

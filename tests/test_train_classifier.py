@@ -65,6 +65,10 @@ def contents(folder):
     return metrics, *((folder / f"{stage}.tqat").read_bytes() for stage in ("float", "quantised"))
 
 
+def files_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def one_line(stderr, *parts):
     assert stderr.startswith("train_classifier") and stderr.count("\n") == 1, stderr
     for part in parts:
@@ -128,6 +132,38 @@ def test_stopped_after_any_checkpoint_it_resumes_bit_for_bit(
     assert contents(tmp_path / "stopped" / "seed-0") == contents(tmp_path / "whole" / "seed-0")
 
 
+def test_stopped_before_the_first_checkpoint_it_says_so(train, example, tmp_path, monkeypatch):
+    def stop(*_args):
+        raise example.checkpoint.Stopped(signal.SIGINT)
+
+    monkeypatch.setattr(example.data, "load", stop)
+    code, stdout, _ = train("--out", tmp_path)
+    assert code == 130 and "no checkpoint yet" in stdout and "--resume" not in stdout
+
+
+def test_a_checkpoint_is_overwritten_only_on_demand(train, tmp_path):
+    assert train("--out", tmp_path, "--epochs", 0)[0] == 0
+    path = tmp_path / "seed-0" / "checkpoint.pt"
+    before = path.read_bytes()
+    code, _, stderr = train("--out", tmp_path, "--seeds", 1, 0)
+    assert code == 2 and one_line(stderr, str(path), "--resume", "--overwrite")
+    assert path.read_bytes() == before and not (tmp_path / "seed-1").exists()
+    assert train("--out", tmp_path, "--overwrite")[0] == 0
+    assert torch.load(path, weights_only=True)["epoch"] == 2
+
+
+def test_no_batch_has_one_image(example, train, tmp_path):
+    for images in range(2, 12):
+        part = torch.arange(images)
+        data = example.data.Data(torch.zeros(images, 1, 8, 8, dtype=torch.uint8), part, part, part)
+        for size in range(2, 12):
+            labels = [labels for _, labels in data.batches(size, torch.device("cpu"))]
+            assert min(map(len, labels)) > 1 and max(map(len, labels)) <= max(size, 3)
+            assert torch.cat(labels).sort().values.tolist() == part.tolist()
+    code, *_ = train("--out", tmp_path, "--subset", 5, "--batch-size", 2, "--epochs", 1)
+    assert code == 0
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_a_good_checkpoint(tmp_path, number, code):
     process = start(*QUICK, "--epochs", 100_000, "--out", tmp_path, "--no-plots")
@@ -165,7 +201,7 @@ def test_resuming_what_is_finished_trains_no_more(train, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["truncated", "empty", "other arguments", "other seed", "not ours", "code"]
+    "damage", ["truncated", "empty", "other arguments", "other seed", "not ours", "code", "a folder"]
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(train, tmp_path, damage):
     train("--out", tmp_path, "--seeds", 0)
@@ -184,12 +220,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(train, tmp_path, dam
     elif damage == "not ours":
         torch.save({"epoch": 3}, path)
         said = "not a checkpoint of this program"
+    elif damage == "a folder":
+        path.unlink()
+        path.mkdir()
+        said = f"cannot read {path}: Is a directory"
     else:
         path.write_bytes(pickle.dumps(_Mkdir(str(marker)), protocol=2))
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
+    before = files_in(tmp_path)
     code, _, stderr = train("--out", tmp_path, "--resume", *arguments)
     assert code == 2 and one_line(stderr, str(path), said)
-    assert {file: file.read_bytes() for file in tmp_path.rglob("*.*")} == before and not marker.exists()
+    assert files_in(tmp_path) == before and not marker.exists()
 
 
 class _Mkdir:
@@ -270,6 +310,10 @@ def test_it_starts_from_float_weights_of_another_run(train, tmp_path):
         (("--device", "nowhere"), "--device nowhere"),
         (("--resume",), "there is no checkpoint in"),
         (("--out", __file__), "is not a folder"),
+        (("--method", "twn"), "--method twn is for --weight-bits 2, not 1"),
+        (("--optimizer", "sgd", "--weight-bits", "1"), "--optimizer sgd leaves the weights float"),
+        (("--optimizer", "adam", "--blend", "0", "--method", "exact"), "takes no --blend, --method"),
+        (("--resume", "--overwrite"), "not allowed with"),
     ],
 )
 def test_bad_arguments(train, tmp_path, arguments, said):

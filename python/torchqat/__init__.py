@@ -7,7 +7,7 @@ from torchqat import _library
 
 _BUILD = _library.load()
 
-from torchqat import functional, nn, optim, _vmap  # noqa: E402, F401  (they need the operators)
+from torchqat import _vmap, functional, nn, optim  # noqa: E402, F401  (they need the operators)
 from torchqat.calibrate import calibrate  # noqa: E402
 from torchqat.prepare import prepare  # noqa: E402
 

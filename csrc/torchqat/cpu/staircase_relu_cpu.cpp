@@ -115,7 +115,7 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, s
     using opmath_t = at::opmath_type<scalar_t>;
     const auto* src = in.const_data_ptr<scalar_t>();
     auto* dst = y.mutable_data_ptr<scalar_t>();
-    for_each_element(y.numel(), view, staircases<opmath_t>(alpha, bits), [&](int64_t i, const auto& stair) {
+    for_each_element(y.numel(), view, staircases<opmath_t>(alpha, bits), [=](int64_t i, const auto& stair) {
       dst[i] = static_cast<scalar_t>(stair(static_cast<opmath_t>(src[i])));
     });
   });
@@ -130,7 +130,7 @@ at::Tensor codes(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, int
     using opmath_t = at::opmath_type<scalar_t>;
     const auto* src = in.const_data_ptr<scalar_t>();
     auto* dst = k.mutable_data_ptr<uint8_t>();
-    for_each_element(k.numel(), view, staircases<opmath_t>(alpha, bits), [&](int64_t i, const auto& stair) {
+    for_each_element(k.numel(), view, staircases<opmath_t>(alpha, bits), [=](int64_t i, const auto& stair) {
       dst[i] = stair.code(static_cast<opmath_t>(src[i]));
     });
   });

@@ -46,7 +46,7 @@ struct Staircase {
   // The step index as an integer. NaN has no step: 0.
   TORCHQAT_HD uint8_t code(T x) const {
     const T k = level(x);
-    return k > T(0) ? static_cast<uint8_t>(k) : uint8_t{0};
+    return static_cast<uint8_t>(static_cast<int>(k > T(0) ? k : T(0)));
   }
 
   TORCHQAT_HD T operator()(T x) const {

@@ -114,7 +114,7 @@ class GroupStep {
 
   template <typename F>
   void for_each_slice(F&& f) const {
-    at::parallel_for(0, slices_.count(), 1, [&](int64_t from, int64_t to) {
+    at::parallel_for(0, slices_.count(), slices_.grain(), [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) f(slices_[i], i);
     });
   }
@@ -129,7 +129,7 @@ class GroupStep {
           math::StepSums<levels.size()> sums;
           for_each_run(t.view, slice, [&](int64_t p, int64_t count) {
             update_run(t, p, count);
-            sums = sums + sums_of(t.y + p, count, levels);
+            sums = sums + sums_of(t.y + p, count, levels, math::needs_peak(projection_));
           });
           return sums;
         },
@@ -157,8 +157,9 @@ class GroupStep {
           const auto& t = targets_[slice.target];
           const std::array levels{rule(slice)};
           math::StepSums<1> sums;
-          for_each_run(t.view, slice,
-                       [&](int64_t p, int64_t count) { sums = sums + sums_of(t.y + p, count, levels); });
+          for_each_run(t.view, slice, [&](int64_t p, int64_t count) {
+            sums = sums + sums_of(t.y + p, count, levels, false);
+          });
           return sums;
         },
         [](const auto& sums) { return sums.scale(); });

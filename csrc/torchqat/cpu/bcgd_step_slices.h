@@ -1,9 +1,12 @@
 #pragma once
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "torchqat/math/bcgd.h"
@@ -31,16 +34,20 @@ class Slices {
       slices_.push_back({target, scale, channel, begin, std::min(begin + kSlice, elements)});
     }
     first_.push_back(slices_.size());
+    elements_ += elements;
   }
 
   int64_t count() const { return slices_.size(); }
   int64_t scales() const { return first_.size() - 1; }
   int64_t first(int64_t scale) const { return first_[scale]; }
+  // Slices that a thread should have at least.
+  int64_t grain() const { return 1 + at::internal::GRAIN_SIZE * count() / (elements_ + kSlice); }
   const Slice& operator[](int64_t i) const { return slices_[i]; }
 
  private:
   std::vector<Slice> slices_;
   std::vector<int64_t> first_{0};
+  int64_t elements_ = 0;
 };
 
 // Elements that are worked on while the first-level cache holds them.
@@ -63,36 +70,55 @@ void find_levels(const T* y, int64_t count, const Level level, T* q) {
   for (int64_t i = 0; i < count; ++i) q[i] = level(std::abs(y[i]));
 }
 
+// Calls f(lane, i) for i in [0, count), with lane = i modulo kLanes. What is kept apart by lanes need not
+// wait for the operation before, and is SIMD code again.
+constexpr int kLanes = 8;
+template <typename F>
+void for_each_lane(int64_t count, F&& f) {
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) f(lane, i + lane);
+  }
+  for (int64_t i = whole; i < count; ++i) f(static_cast<int>(i - whole), i);
+}
+
 // What the values of a run say about one assignment of levels.
 template <typename T, typename Level>
 math::WeightFit fit_of(const T* y, int64_t count, const Level& level) {
   T q[kLongestRun];
   find_levels(y, count, level, q);
-  // Kept apart by lanes, so that one addition need not wait for the one before.
-  constexpr int kLanes = 8;
   double overlap[kLanes] = {};
   double energy[kLanes] = {};
-  const int64_t whole = count / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      overlap[lane] += double(std::abs(y[i + lane])) * double(q[i + lane]);
-      energy[lane] += double(q[i + lane]) * double(q[i + lane]);
-    }
-  }
+  for_each_lane(count, [&](int lane, int64_t i) {
+    overlap[lane] += static_cast<double>(std::abs(y[i])) * static_cast<double>(q[i]);
+    energy[lane] += static_cast<double>(q[i]) * static_cast<double>(q[i]);
+  });
   math::WeightFit fit;
   for (int lane = 0; lane < kLanes; ++lane) fit = fit + math::WeightFit{energy[lane], overlap[lane]};
-  for (int64_t i = whole; i < count; ++i) fit.add(std::abs(y[i]), q[i]);
   return fit;
 }
+template <typename T>
+math::WeightFit fit_of(const T* y, int64_t count, const math::TopLevel<T>&) {
+  double overlap[kLanes] = {};
+  for_each_lane(count, [&](int lane, int64_t i) { overlap[lane] += static_cast<double>(std::abs(y[i])); });
+  return {static_cast<double>(count), std::accumulate(overlap, overlap + kLanes, 0.0)};
+}
 
-// The sums over `count` consecutive values of y.
+template <typename T>
+T peak_of(const T* y, int64_t count) {
+  T peak[kLanes] = {};
+  for_each_lane(count, [&](int lane, int64_t i) {
+    peak[lane] = std::abs(y[i]) > peak[lane] ? std::abs(y[i]) : peak[lane];
+  });
+  return *std::max_element(peak, peak + kLanes);
+}
+
+// The sums over `count` consecutive values of y; the peak only where it is asked for.
 template <typename T, typename Level, size_t N>
-math::StepSums<N> sums_of(const T* y, int64_t count, const std::array<Level, N>& levels) {
+math::StepSums<N> sums_of(const T* y, int64_t count, const std::array<Level, N>& levels, bool peak) {
   math::StepSums<N> sums;
   for (size_t i = 0; i < N; ++i) sums.fits[i] = fit_of(y, count, levels[i]);
-  T peak = 0;
-  for (int64_t i = 0; i < count; ++i) peak = std::abs(y[i]) > peak ? std::abs(y[i]) : peak;
-  sums.peak = peak;
+  if (peak) sums.peak = peak_of(y, count);
   return sums;
 }
 

@@ -1,7 +1,5 @@
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -40,8 +38,8 @@ class Slices {
   int64_t count() const { return slices_.size(); }
   int64_t scales() const { return first_.size() - 1; }
   int64_t first(int64_t scale) const { return first_[scale]; }
-  // Slices that a thread should have at least.
-  int64_t grain() const { return 1 + at::internal::GRAIN_SIZE * count() / (elements_ + kSlice); }
+  // How many slices are worth a thread: as many as have the elements of two full ones.
+  int64_t grain() const { return 1 + 2 * kSlice * count() / (elements_ + kSlice); }
   const Slice& operator[](int64_t i) const { return slices_[i]; }
 
  private:

@@ -85,7 +85,7 @@ def report(folder: Path) -> int:
     spilling = sum(k.spilled > 0 for k in kernels)
     most = max((k.registers for k in kernels), default=0)
     print(f"{len(kernels)} kernels, at most {most} registers, {spilling} of them spill")
-    return 0
+    return 0 if kernels else 1  # a build of kernels that ptxas said nothing about is one that was not read
 
 
 def main() -> int:

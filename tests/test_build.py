@@ -302,3 +302,23 @@ def test_a_cpp_program_is_told_of_another_torch(cmake, consumer):
     )
     assert code != 0
     assert f"but the torch in {consumer}/torch is 1.0.0. Rebuild TorchQAT against it" in output
+
+
+PTXAS = """ptxas info    : Compiling entry function '_ZN8torchqat4cuda6kernelIfEEvPT_' for 'sm_90'
+ptxas info    : Function properties for _ZN8torchqat4cuda6kernelIfEEvPT_
+    8 bytes stack frame, 12 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 48 registers, used 1 barriers, 8 bytes cumulative stack size, 44 bytes smem
+ptxas info    : Compiling entry function '_Z5plainPf' for 'sm_90'
+ptxas info    : Used 10 registers, used 0 barriers
+"""
+
+
+def test_the_report_of_kernels_reads_what_ptxas_says(tmp_path):
+    script = [sys.executable, str(ROOT / "scripts/kernel_resources.py")]
+    empty = subprocess.run([*script, "report", str(tmp_path)], capture_output=True, text=True)
+    assert empty.returncode == 1 and "0 kernels" in empty.stdout
+    (tmp_path / "a.o.resources.txt").write_text(PTXAS)
+    done = subprocess.run([*script, "report", str(tmp_path)], capture_output=True, text=True)
+    rows = [line.split()[:5] for line in done.stdout.splitlines() if line.startswith("sm_90")]
+    assert sorted(rows) == [["sm_90", "10", "0", "0", "0"], ["sm_90", "48", "44", "8", "16"]]
+    assert done.returncode == 0 and "2 kernels, at most 48 registers, 1 of them spill" in done.stdout

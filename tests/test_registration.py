@@ -240,6 +240,31 @@ def test_autocast_leaves_the_dtype_of_the_activations(dtype):
     assert net.act.alpha.grad.dtype == torch.float32 and net.act.alpha.grad.isfinite()
 
 
+@pytest.mark.parametrize("name, i", PURE)
+def test_autocast_changes_nothing_in_the_operators(name, i):
+    args, kwargs = SAMPLES[name]()[i]
+    expected = overload(name)(*args, **kwargs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(overload(name)(*args, **kwargs), expected)
+
+
+class Call(torch.nn.Module):
+    def __init__(self, name, args, kwargs):
+        super().__init__()
+        self.name, self.constants, self.kwargs = name, args[1:], kwargs
+
+    def forward(self, tensor):
+        return overload(self.name)(tensor, *self.constants, **self.kwargs)
+
+
+@pytest.mark.parametrize("name, i", [case for case in PURE if not case[0].startswith("_")])
+def test_export_of_every_operator(name, i):
+    args, kwargs = SAMPLES[name]()[i]
+    args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+    program = torch.export.export(Call(name, args, kwargs), (args[0],))
+    assert_same(program.module()(args[0]), overload(name)(*args, **kwargs))
+
+
 def test_a_module_copies_and_loads():
     net = Net(channels=4, alpha_grad="min")
     twin = copy.deepcopy(net)

@@ -43,6 +43,9 @@ def contenders(x, grad):
         "fake_quantize_per_tensor_affine": lambda: step(
             lambda: torch.fake_quantize_per_tensor_affine(x, STEP, 0, 0, TOP), grad, x
         ),
+        "the same with tensors for scale and zero point": lambda: step(
+            lambda: torch.fake_quantize_per_tensor_affine(x, scalar.detach(), zero[0].int(), 0, TOP), grad, x
+        ),
         "_fake_quantize_learnable_per_tensor_affine": lambda: step(
             lambda: torch._fake_quantize_learnable_per_tensor_affine(x, scalar[None], zero, 0, TOP, 1.0),
             grad,
@@ -56,7 +59,10 @@ def contenders(x, grad):
         "brevitas QuantReLU": lambda: brevitas_relu(x, grad),
     }
     makers = [Contender(name, make) for name, make in found.items()]
-    makers.insert(5, Contender("torch.compile of LSQ", lambda: compiled_lsq(x, scalar, grad), compiles=True))
+    makers.append(Contender("torch.compile of LSQ", lambda: compiled_lsq(x, scalar, grad), compiles=True))
+    makers.append(
+        Contender("torch.compile of QuantReLU", lambda: brevitas_relu(x, grad, torch.compile), compiles=True)
+    )
     return makers + (per_channel(x, grad) if x.dim() == 4 else [])
 
 
@@ -95,12 +101,12 @@ def compiled_lsq(x, alpha, grad):
     return step(lambda: compiled(x, alpha, BITS), grad, x, alpha)
 
 
-def brevitas_relu(x, grad):
+def brevitas_relu(x, grad, finish=lambda relu: relu):
     """QuantReLU as it is in training, its first 300 calls over, in which it gathers statistics."""
     relu = require("brevitas.nn").QuantReLU(bit_width=BITS).to(x.device)
     for _ in range(301):
         relu(torch.rand(64, device=x.device))
-    relu = relu.to(x.dtype)
+    relu = finish(relu.to(x.dtype))
     return step(lambda: relu(x), grad, x, *relu.parameters())
 
 

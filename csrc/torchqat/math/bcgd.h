@@ -144,7 +144,9 @@ TORCHQAT_HD double scale_after_update(const StepSums<N>& sums, Projection projec
 }
 
 // True where the largest |y| plays a part.
-TORCHQAT_HD constexpr bool needs_peak(Projection p) { return p == Projection::warm || p == Projection::lloyd; }
+TORCHQAT_HD constexpr bool needs_peak(Projection p) {
+  return p == Projection::warm || p == Projection::lloyd;
+}
 
 // True where another pass over y fits the scale to the levels.
 TORCHQAT_HD constexpr bool refits(Projection p) { return p == Projection::lloyd || p == Projection::twn; }

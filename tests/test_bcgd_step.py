@@ -135,6 +135,11 @@ def test_scales_per_channel(bits, method, channel_dim, device):
         check_step(case)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_channels_of_long_and_of_many_runs(bits, device):
+    check_step(Case([(3, 2, 3000), (40, 2, 700)], bits, channel_dim=1, device=device))
+
+
 def test_one_scale_per_channel_is_one_tensor_per_channel(device):
     whole = Case([(5, 30)], 4, channel_dim=0, device=device)
     parts = Case([(30,)] * 5, 4, device=device)
@@ -473,6 +478,7 @@ ERRORS = [
     (replaced("params", lambda t: t[:1].expand(3)), ValueError, r"params\[1\] must not overlap itself"),
     (replaced("params", lambda t: t.to("meta")), ValueError,
      r"grads\[1\] must be on|params\[1\] must be on the device"),
+    (replaced("params", lambda t: t[None].to_sparse_csr()), TypeError, r"params\[1\] must be a dense tensor"),
     (replaced("grads", lambda t: t.to_sparse()), TypeError,
      r"grads\[1\] must be a dense tensor, got layout Sparse"),
     (replaced("grads", lambda t: t.double()), TypeError, r"grads\[1\] must be Float, got Double"),

@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(kThreads)
   const T scale = t.scale[s.channel];
   with_level(batch, math::refits(batch.projection) ? levels_at[s.scale] : scale, [&](auto level) {
     for_each_position(t, s, [&](int64_t p) {
-      t.w[p] =
-          static_cast<std::remove_reference_t<decltype(t.w[p])>>(scale * math::signed_level(t.y[p], level));
+      const T q = math::with_sign_of(t.y[p], level(std::abs(t.y[p])));
+      t.w[p] = static_cast<std::remove_reference_t<decltype(t.w[p])>>(scale * q);
     });
   });
 }

@@ -136,7 +136,7 @@ std::tuple<at::Tensor, at::Tensor> quantize(const at::Tensor& weight, int64_t bi
   const auto in = laid_out_as(weight, quantized);
   const auto slices = slices_of(quantized, channel_dim);
   // At one bit every method is the exact one, whose cut is the scale.
-  const auto method = bits == 1 ? WeightMethod::exact : weight_method(method_name);
+  const auto method = bits == 1 ? WeightMethod::exact : weight_method("quantize_weight", method_name, bits);
   const auto cut = method == WeightMethod::exact ? scale : at::empty_like(scale);
   const auto stream = at::cuda::getCurrentCUDAStream();
   const auto dtype = weight.scalar_type();

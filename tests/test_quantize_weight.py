@@ -10,6 +10,7 @@ import torch
 import torchqat.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import LAYOUTS
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 METHODS = ["exact", "lloyd", "twn"]
@@ -185,15 +186,6 @@ def test_one_bit_is_the_mean_and_the_sign(dtype, device):
 
 
 # ---- shapes and layouts ----
-
-LAYOUTS = {
-    "contiguous": lambda **o: torch.randn(4, 5, 3, 2, **o),
-    "channels_last": lambda **o: torch.randn(4, 5, 3, 2, **o).to(memory_format=torch.channels_last),
-    "transposed": lambda **o: torch.randn(4, 5, 33, **o).transpose(0, 2),
-    "sliced": lambda **o: torch.randn(6, 10, 14, **o)[::2, 1:6, 3:11],
-    "expanded": lambda **o: torch.randn(3, 5, 1, **o).expand(3, 5, 6),
-    "one_channel": lambda **o: torch.randn(1, 4, 1, **o),
-}
 
 
 def assert_channels_alone(w, method, channel_dim):
@@ -383,29 +375,6 @@ SAMPLES = [
     dict(bits=3, method="lloyd", channel_dim=0),
     dict(bits=2, method="twn"),
 ]
-CHECKS = [
-    "test_schema",
-    "test_autograd_registration",
-    "test_faketensor",
-    "test_aot_dispatch_static",
-    "test_aot_dispatch_dynamic",
-]
-
-
-def codes_arguments(w, bits, method="exact", channel_dim=None):
-    return (w, F.quantize_weight(w, bits, method=method, channel_dim=channel_dim)[1], bits), {
-        "channel_dim": channel_dim
-    }
-
-
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
-def test_opcheck(sample, grad, device):
-    for layout in ("channels_last", "sliced"):
-        w = LAYOUTS[layout](device=device).requires_grad_(grad)
-        torch.library.opcheck(torch.ops.qat.quantize_weight.default, (w,), sample, test_utils=CHECKS)
-        args, options = codes_arguments(w, **sample)
-        torch.library.opcheck(torch.ops.qat.weight_codes.default, args, options, test_utils=CHECKS)
 
 
 def both(sample):

@@ -63,10 +63,14 @@ SAMPLES = {
         ((x(grad=False), 2), dict(channel_dim=0)),
         ((x(), 4), dict(method="lloyd")),
         ((x(dtype=torch.float16), 2), dict(method="twn")),
+        ((x(2, 3, 4, 5).to(memory_format=torch.channels_last), 3), dict(channel_dim=-1)),
+        ((x(4, 9)[:, ::2], 8), dict(channel_dim=1)),
     ],
     "weight_codes": lambda: [
         ((x(), alpha(), 4), {}),
         ((x(grad=False), alpha(3, grad=False), 2), dict(channel_dim=1)),
+        ((x(2, 3, 4, 5).to(memory_format=torch.channels_last), alpha(5), 3), dict(channel_dim=-1)),
+        ((x(4, 9)[:, ::2], alpha(), 8), {}),
     ],
     "bcgd_step_": lambda: [
         (lists(), dict(lr=torch.tensor(0.1), bits=1, momentum=0.9)),

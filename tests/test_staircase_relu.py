@@ -2,6 +2,7 @@
 
 import math
 
+import layouts
 import oracles
 import pytest
 import torch
@@ -11,14 +12,7 @@ STES = torch.ops.qat.ste_names()
 RULES = ["exact", "three_valued", "min", "pact"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
-# Every way a tensor can lie in memory: name -> function of (device, dtype).
-LAYOUTS = {
-    "contiguous": lambda **o: torch.randn(3, 5, 7, 9, **o),
-    "channels_last": lambda **o: torch.randn(3, 5, 7, 9, **o).to(memory_format=torch.channels_last),
-    "transposed": lambda **o: torch.randn(9, 5, 33, **o).transpose(0, 2),
-    "sliced": lambda **o: torch.randn(6, 10, 14, **o)[::2, 1:6, 3:11],
-    "expanded": lambda **o: torch.randn(3, 5, 1, **o).expand(3, 5, 6),
-    "one_channel": lambda **o: torch.randn(4, 1, 6, **o),
+LAYOUTS = layouts.LAYOUTS | {
     "vectors": lambda **o: torch.randn(33, 5, **o),
     "more_than_a_chunk": lambda **o: torch.randn(2, 5, 101, 97, **o),
     "empty": lambda **o: torch.randn(0, 5, 4, **o),
@@ -337,14 +331,30 @@ def test_codes_are_not_differentiable_and_say_so():
             torch.func.grad(lambda v, a: F.staircase_codes(v, a, 2).float().sum(), argnum)(x, alpha)
 
 
+def test_a_gradient_that_keeps_its_graph_is_the_same_and_can_be_used():
+    x = torch.randn(5, requires_grad=True)
+    alpha = torch.tensor(0.5, requires_grad=True)
+    plain = torch.autograd.grad(F.staircase_relu(x, alpha, 2).sum(), (x, alpha))
+    kept = torch.autograd.grad(F.staircase_relu(x, alpha, 2).sum(), (x, alpha), create_graph=True)
+    for a, b in zip(plain, kept, strict=True):
+        assert not a.requires_grad and torch.equal(a, b.detach())
+
+
 def test_second_and_forward_derivatives_say_that_they_are_missing():
     x = torch.randn(5, requires_grad=True)
     alpha = torch.tensor(0.5, requires_grad=True)
     for ste in STES:
-        y = F.staircase_relu(x, alpha, 2, ste=ste)
-        (grad_x,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="_staircase_relu_backward is not implemented"):
-            grad_x.sum().backward()
+
+        def loss(v, a, power, ste=ste):
+            return F.staircase_relu(v, a, 2, ste=ste).pow(power).sum()
+
+        # With power 1 nothing that the gradient is computed from requires a gradient but x and alpha.
+        for power in (1, 2):
+            for grad in torch.autograd.grad(loss(x, alpha, power), (x, alpha), create_graph=True):
+                with pytest.raises(NotImplementedError, match="^staircase_relu: second derivatives"):
+                    grad.sum().backward()
+            with pytest.raises(NotImplementedError, match="^staircase_relu: second derivatives"):
+                torch.autograd.functional.hessian(lambda v, p=power: loss(v, alpha.detach(), p), x)
     with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
         torch.func.jvp(lambda v: F.staircase_relu(v, alpha.detach(), 2), (x.detach(),), (torch.ones(5),))
 

@@ -472,22 +472,6 @@ TEST(BcgdScales, AllZero) {
   }
 }
 
-TEST(BcgdLevels, NearestLevelIsWeightLevel) {
-  std::mt19937 random(0);
-  std::uniform_real_distribution<float> uniform(0, 200);
-  for (const float step : {1.0f, 0.3f, 0.0f, -1.0f, std::numeric_limits<float>::quiet_NaN()}) {
-    for (int i = 0; i < 3000; ++i) {
-      const float on_tie = (static_cast<float>(i) - 0.5f) * step;
-      for (const float x : {uniform(random), std::abs(on_tie), std::numeric_limits<float>::infinity()}) {
-        for (const int bits : {2, 4, 8}) {
-          ASSERT_EQ(math::NearestLevel<float>(step, bits)(x), math::weight_level(x, step, bits))
-              << x << " by " << step;
-        }
-      }
-    }
-  }
-}
-
 // The number of launches does not grow with the number of tensors.
 TEST(BcgdLaunches, AreFewForManyTensors) {
   const std::vector<Parameter<float>> many(kMaxTensors, make_parameter<float>(per_tensor(5), 1));

@@ -180,7 +180,7 @@ class GroupStep {
   }
 
   static void write_run(scalar_t* w, const opmath_t* y, const opmath_t* q, int64_t count, opmath_t scale) {
-    for (int64_t i = 0; i < count; ++i) w[i] = static_cast<scalar_t>(scale * (y[i] < 0 ? -q[i] : q[i]));
+    for (int64_t i = 0; i < count; ++i) w[i] = static_cast<scalar_t>(scale * math::with_sign_of(y[i], q[i]));
   }
 
   // Scales of several slices one after the other, each by all threads; then the others, shared out among the

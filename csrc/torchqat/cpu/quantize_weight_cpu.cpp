@@ -198,8 +198,9 @@ std::tuple<at::Tensor, at::Tensor> quantize(const at::Tensor& weight, int64_t bi
   const Channels channels(quantized, channel_dim);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "quantize_weight_cpu",
                                   [&, quantized = quantized, scale = scale] {
-                                    Quantizer<scalar_t> quantizer(in.const_data_ptr<scalar_t>(), channels,
-                                                                  weight_method(method), bits);
+                                    Quantizer<scalar_t> quantizer(
+                                        in.const_data_ptr<scalar_t>(), channels,
+                                        weight_method("quantize_weight", method, bits), bits);
                                     quantizer.fit();
                                     quantizer.write(quantized.mutable_data_ptr<scalar_t>());
                                     std::copy(quantizer.scales().begin(), quantizer.scales().end(),

@@ -6,7 +6,7 @@
 
 #include "torchqat/math/macros.h"
 #include "torchqat/math/weight_fit.h"
-#include "torchqat/math/weight_levels.h"
+#include "torchqat/math/weight_method.h"
 
 // One step of blended coarse gradient descent (BCGD; Yin, Zhang, Lyu, Osher, Qi, Xin 2018), element by
 // element, and the projection that follows it: w <- scale * level with the scale of each tensor or channel
@@ -44,8 +44,8 @@ enum class Projection {
   ternary,  // two bits: the optimum
   warm,     // three bits and more: the scale that fits best among the levels by step sizes around the scale
             // before
-  lloyd,    // the scale that fits the levels by the papers' step size 2 max|y| / (2^bits - 1)
-  twn,      // two bits: the mean of those |y| that are at least 0.7 mean|y|
+  lloyd,    // the scale that fits the levels by the papers' step size, lloyd_start()
+  twn,      // two bits: the mean of those |y| that are at least twn_threshold()
 };
 
 // Step sizes that a warm start tries, as shares of the scale before. One Lloyd step alone stays in the next
@@ -54,42 +54,6 @@ constexpr int kWarmSteps = 5;
 TORCHQAT_HD inline double warm_share(int i) {
   constexpr double shares[kWarmSteps] = {1, 31. / 32, 33. / 32, 7. / 8, 9. / 8};
   return shares[i];
-}
-
-// The level of a magnitude, by one of three rules.
-template <typename T>
-struct TopLevel {
-  TORCHQAT_HD T operator()(T) const { return T(1); }
-};
-template <typename T>
-struct KeptLevel {
-  T threshold;
-  TORCHQAT_HD T operator()(T magnitude) const { return magnitude >= threshold ? T(1) : T(0); }
-};
-// weight_level for two bits and more, in operations that a compiler turns into SIMD code. NaN has the top
-// level.
-template <typename T>
-struct NearestLevel {
-  T step = 1;
-  T top = 0;
-
-  NearestLevel() = default;
-  TORCHQAT_HD NearestLevel(T step, int64_t bits) {
-    if (!(step > T(0))) return;
-    this->step = step;
-    top = static_cast<T>(weight_top(bits));
-  }
-  TORCHQAT_HD T operator()(T magnitude) const {
-    T t = magnitude / step - T(0.5);
-    t = t < top ? t : top;
-    const T whole = static_cast<T>(static_cast<int>(t));
-    return whole + (t > whole ? T(1) : T(0));
-  }
-};
-
-template <typename T, typename Level>
-TORCHQAT_HD T signed_level(T y, const Level& level) {
-  return (y < T(0) ? T(-1) : T(1)) * level(std::abs(y));
 }
 
 // What a pass over y adds up: how well N assignments of levels fit, and the largest |y|. A y that is not
@@ -115,9 +79,7 @@ struct StepSums {
   TORCHQAT_HD double checked(double x) const { return x + (fits[0].overlap - fits[0].overlap); }
   TORCHQAT_HD double scale() const { return checked(fits[0].scale()); }
   // The papers' step size.
-  TORCHQAT_HD double start(int64_t bits) const {
-    return checked(2 * peak / static_cast<double>((1 << bits) - 1));
-  }
+  TORCHQAT_HD double start(int64_t bits) const { return checked(lloyd_start(peak, bits)); }
   // The scale of the best of the assignments, of equally good ones the first; the papers' step size where
   // none of them has a level but 0.
   TORCHQAT_HD double best_scale(int64_t bits) const {
@@ -137,7 +99,7 @@ TORCHQAT_HD double scale_after_update(const StepSums<N>& sums, Projection projec
     case Projection::lloyd:
       return sums.start(bits);
     case Projection::twn:
-      return 0.7 * sums.scale();
+      return twn_threshold(sums.scale());
     default:
       return sums.scale();
   }

@@ -12,9 +12,16 @@ namespace torchqat::math {
 
 enum class WeightMethod {
   exact,  // the least-squares scale, which is the cut as well
-  lloyd,  // one step from the papers' start: cut at the nearest level of step size 2 max|w| / (2^bits - 1)
-  twn,    // ternary: keep the magnitudes of at least 0.7 mean|w| (Li, Zhang, Liu 2016)
+  lloyd,  // one step from the papers' start: cut at the nearest level of the step size lloyd_start()
+  twn,    // ternary: keep the magnitudes of at least twn_threshold()
 };
+
+TORCHQAT_HD inline double lloyd_start(double largest, int64_t bits) {
+  return 2 * largest / static_cast<double>((1 << bits) - 1);
+}
+
+// Li, Zhang, Liu 2016, from the mean magnitude.
+TORCHQAT_HD constexpr double twn_threshold(double mean) { return 0.7 * mean; }
 
 // What a first look at the weights tells.
 struct MagnitudeSums {
@@ -36,15 +43,14 @@ struct MagnitudeSums {
   TORCHQAT_HD double cut(WeightMethod method, int64_t bits, int64_t n) const {
     const double zero = sum - sum;  // or NaN
     if (bits == 1) return sum / n + zero;
-    return zero + (method == WeightMethod::twn ? 0.7 * (sum / n) : largest / (0.5 * ((1 << bits) - 1)));
+    return zero + (method == WeightMethod::twn ? twn_threshold(sum / n) : lloyd_start(largest, bits));
   }
 };
 
 template <typename T>
 TORCHQAT_HD T assigned_level(T w, T cut, WeightMethod method, int64_t bits) {
   if (method != WeightMethod::twn) return weight_level(w, cut, bits);
-  const T kept = std::abs(w) >= cut ? T(1) : T(0);
-  return w < T(0) ? T(0) - kept : kept;
+  return with_sign_of(w, KeptLevel<T>{cut}(std::abs(w)));
 }
 
 }  // namespace torchqat::math

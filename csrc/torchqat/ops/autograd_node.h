@@ -6,7 +6,10 @@
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include <memory>
+#include <string>
+#include <string_view>
 #include <type_traits>
+#include <utility>
 
 // Derivatives are hand-written autograd nodes rather than torch::autograd::Function, which torch.func
 // refuses. A node's backward must call dispatcher operators only, so that compilers can trace it.
@@ -20,6 +23,27 @@ auto make_node() {
   } else {
     using namespace torch::autograd;  // deleteNode, which newer versions lack
     return std::shared_ptr<T>(new T(), [](Node* node) { deleteNode(node); });
+  }
+}
+
+// What a first derivative that keeps its graph hangs from, where a second one is missing: an error rather
+// than a gradient of zero. `inputs` are the edges to all that the first derivative depends on.
+struct NoSecondDerivative : torch::autograd::Node {
+  torch::autograd::variable_list apply(torch::autograd::variable_list&&) override {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, op, ": second derivatives are not implemented");
+  }
+  std::string name() const override { return "NoSecondDerivative"; }
+
+  std::string op;
+};
+
+inline void refuse_second_derivative(std::string_view op, const torch::autograd::variable_list& derivatives,
+                                     torch::autograd::edge_list inputs) {
+  const auto node = make_node<NoSecondDerivative>();
+  node->op = op;
+  node->set_next_edges(std::move(inputs));
+  for (const auto& derivative : derivatives) {
+    if (derivative.defined()) torch::autograd::set_history(derivative, node);
   }
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "torchqat/ops/layout.h"
+#include "torchqat/ops/quantize_weight.h"
 
 namespace torchqat {
 namespace {
@@ -52,8 +53,14 @@ void bump_versions(const BcgdStep& s) {
 math::Projection projection_of(std::string_view method, int64_t bits) {
   using math::Projection;
   if (bits == 1) return Projection::mean;
-  if (method == "lloyd") return Projection::lloyd;
-  if (method == "twn") return Projection::twn;
+  switch (weight_method("bcgd_step_", method, bits)) {
+    case math::WeightMethod::lloyd:
+      return Projection::lloyd;
+    case math::WeightMethod::twn:
+      return Projection::twn;
+    case math::WeightMethod::exact:
+      break;
+  }
   return bits == 2 ? Projection::ternary : Projection::warm;
 }
 

@@ -1,17 +1,16 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/OpMathType.h>
 
-#include <set>
-#include <utility>
+#include <algorithm>
+#include <functional>
+#include <vector>
 
 #include "torchqat/ops/bcgd_step.h"
+#include "torchqat/ops/dtypes.h"
+#include "torchqat/ops/quantize_weight.h"
 
 namespace torchqat {
 namespace {
-
-bool is_supported(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16;
-}
 
 void check_dense(const at::Tensor& t, const char* list, size_t i) {
   TORCH_CHECK_TYPE(t.layout() == at::kStrided, "bcgd_step_: ", list, "[", i,
@@ -66,10 +65,7 @@ void check_lengths(const BcgdStep& s) {
 
 void check_options(const BcgdStep& s) {
   TORCH_CHECK_VALUE(1 <= s.bits && s.bits <= 8, "bcgd_step_: bits must be in 1..8, got ", s.bits);
-  TORCH_CHECK_VALUE(s.method == "exact" || s.method == "lloyd" || s.method == "twn",
-                    "bcgd_step_: unknown method '", s.method, "'; choose one of exact, lloyd, twn");
-  TORCH_CHECK_VALUE(s.method != "twn" || s.bits == 2,
-                    "bcgd_step_: method 'twn' is for bits = 2, got bits = ", s.bits);
+  weight_method("bcgd_step_", s.method, s.bits);
   TORCH_CHECK_VALUE(s.momentum >= 0, "bcgd_step_: momentum must be at least 0, got ", s.momentum);
   TORCH_CHECK_VALUE(s.weight_decay >= 0, "bcgd_step_: weight_decay must be at least 0, got ", s.weight_decay);
   TORCH_CHECK_VALUE(0 <= s.blend && s.blend <= 1, "bcgd_step_: blend must be in [0, 1], got ", s.blend);
@@ -97,8 +93,8 @@ void check_scalars(const BcgdStep& s) {
 void check_tensors(const BcgdStep& s, size_t i) {
   const auto& param = s.params[i];
   check_dense(param, "params", i);
-  TORCH_CHECK_TYPE(is_supported(param.scalar_type()), "bcgd_step_: params[", i,
-                   "] must be float64, float32, bfloat16 or float16, got ", param.scalar_type());
+  TORCH_CHECK_TYPE(is_supported(param.scalar_type()), "bcgd_step_: params[", i, "] must be ",
+                   kSupportedDtypes, ", got ", param.scalar_type());
   const auto opmath = at::toOpMathType(param.scalar_type());
   check_like(s.grads[i], param, param.scalar_type(), "grads", i);
   check_like(s.latents[i], param, opmath, "latents", i);
@@ -110,9 +106,38 @@ void check_tensors(const BcgdStep& s, size_t i) {
                     s.steps[i].sym_sizes());
 }
 
+// Where a tensor that the step writes lies in its storage.
+struct Extent {
+  const void* storage;
+  int64_t begin,
+      end;  // bytes; of tensors that are not dense the first byte, as others may lie between theirs
+  const char* list;
+  size_t i;
+};
+
+Extent extent_of(const at::Tensor& t, const char* list, size_t i) {
+  const auto size = static_cast<int64_t>(t.element_size());
+  const int64_t begin = t.storage_offset() * size;
+  const int64_t bytes = t.is_non_overlapping_and_dense() ? t.numel() * size : 1;
+  return {t.storage().unsafeGetStorageImpl(), begin, begin + bytes, list, i};
+}
+
+void check_disjoint(std::vector<Extent>& extents) {
+  std::stable_sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) {
+    return a.storage == b.storage ? a.begin < b.begin : std::less<>()(a.storage, b.storage);
+  });
+  for (size_t k = 1; k < extents.size(); ++k) {
+    const Extent& a = extents[k - 1];
+    const Extent& b = extents[k];
+    TORCH_CHECK_VALUE(a.storage != b.storage || a.end <= b.begin, "bcgd_step_: ", a.list, "[", a.i, "] and ",
+                      b.list, "[", b.i, "], which the step writes, must not share memory; is a parameter in ",
+                      "the list twice?");
+  }
+}
+
 // One device for all; and nothing that is written is there twice, or overlaps itself.
 void check_memory(const BcgdStep& s) {
-  std::set<std::pair<const void*, int64_t>> seen;
+  std::vector<Extent> extents;
   for_each_list(s, [&](at::TensorList list, const char* name, bool written) {
     for (size_t i = 0; i < list.size(); ++i) {
       const auto& t = list[i];
@@ -122,12 +147,10 @@ void check_memory(const BcgdStep& s) {
       if (!written || t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || t.numel() == 0) continue;
       TORCH_CHECK_VALUE(at::has_internal_overlap(t) != at::MemOverlap::Yes, "bcgd_step_: ", name, "[", i,
                         "] must not overlap itself, got strides ", t.strides());
-      const auto [other, is_new] = seen.emplace(t.storage().unsafeGetStorageImpl(), t.storage_offset());
-      TORCH_CHECK_VALUE(is_new, "bcgd_step_: ", name, "[", i,
-                        "] must not share its memory with another tensor that ",
-                        "the step writes; is a parameter in the list twice?");
+      extents.push_back(extent_of(t, name, i));
     }
   });
+  check_disjoint(extents);
 }
 
 }  // namespace

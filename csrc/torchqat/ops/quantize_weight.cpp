@@ -3,6 +3,7 @@
 #include <ATen/OpMathType.h>
 #include <torch/library.h>
 
+#include "torchqat/ops/dtypes.h"
 #include "torchqat/ops/not_differentiable.h"
 
 namespace torchqat {
@@ -17,10 +18,8 @@ constexpr std::pair<std::string_view, math::WeightMethod> kMethods[] = {
 void check(std::string_view op, const at::Tensor& weight, int64_t bits, std::optional<int64_t> channel_dim) {
   TORCH_CHECK_TYPE(weight.layout() == at::kStrided, op, ": weight must be a dense tensor, got layout ",
                    weight.layout());
-  const auto dtype = weight.scalar_type();
-  TORCH_CHECK_TYPE(
-      dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, op,
-      ": weight must be float64, float32, bfloat16 or float16, got ", dtype);
+  TORCH_CHECK_TYPE(is_supported(weight.scalar_type()), op, ": weight must be ", kSupportedDtypes, ", got ",
+                   weight.scalar_type());
   TORCH_CHECK_VALUE(1 <= bits && bits <= 8, op, ": bits must be in 1..8, got ", bits);
   TORCH_CHECK_VALUE(!channel_dim || (-weight.dim() <= *channel_dim && *channel_dim < weight.dim()), op,
                     ": channel_dim must be a dimension of weight, which has shape ", weight.sym_sizes(),
@@ -50,8 +49,7 @@ auto codes_op() {
 std::tuple<at::Tensor, at::Tensor> quantize_weight_autograd(const at::Tensor& weight, int64_t bits,
                                                             std::string_view method,
                                                             std::optional<int64_t> channel_dim) {
-  check("quantize_weight", weight, bits,
-        channel_dim);  // other layouts than strided have no backend that would
+  check("quantize_weight", weight, bits, channel_dim);  // layouts but strided have no backend that would
   check_not_differentiated("quantize_weight", weight);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return quantize_op().call(weight, bits, method, channel_dim);
@@ -68,13 +66,15 @@ at::Tensor weight_codes_autograd(const at::Tensor& weight, const at::Tensor& sca
 
 }  // namespace
 
-math::WeightMethod weight_method(std::string_view name) {
+math::WeightMethod weight_method(std::string_view op, std::string_view name, int64_t bits) {
   std::string names;
   for (const auto& [known, method] : kMethods) {
+    TORCH_CHECK_VALUE(known != name || method != math::WeightMethod::twn || bits == 2, op,
+                      ": method 'twn' is ternary, so bits must be 2, got ", bits);
     if (known == name) return method;
     names += (names.empty() ? "" : ", ") + std::string(known);
   }
-  TORCH_CHECK_VALUE(false, "quantize_weight: unknown method '", name, "'; choose one of ", names);
+  TORCH_CHECK_VALUE(false, op, ": unknown method '", name, "'; choose one of ", names);
 }
 
 std::optional<int64_t> wrapped(std::optional<int64_t> channel_dim, const at::Tensor& weight) {
@@ -86,8 +86,7 @@ std::tuple<at::Tensor, at::Tensor> quantize_weight_meta(const at::Tensor& weight
                                                         std::string_view method,
                                                         std::optional<int64_t> channel_dim) {
   check("quantize_weight", weight, bits, channel_dim);
-  TORCH_CHECK_VALUE(weight_method(method) != math::WeightMethod::twn || bits == 2,
-                    "quantize_weight: method 'twn' is ternary, so bits must be 2, got ", bits);
+  weight_method("quantize_weight", method, bits);
   const auto opmath = weight.options().dtype(at::toOpMathType(weight.scalar_type()));
   return {at::empty_like(weight), at::empty_symint(scale_sizes(weight, channel_dim), opmath)};
 }

@@ -35,8 +35,8 @@ std::tuple<at::Tensor, at::Tensor> quantize_weight_meta(const at::Tensor& weight
 at::Tensor weight_codes_meta(const at::Tensor& weight, const at::Tensor& scale, int64_t bits,
                              std::optional<int64_t> channel_dim);
 
-// The method called `name`; raises, naming the ones there are, when there is none.
-math::WeightMethod weight_method(std::string_view name);
+// The method called `name`; raises in the name of `op` when there is none, or none for that many bits.
+math::WeightMethod weight_method(std::string_view op, std::string_view name, int64_t bits);
 
 // channel_dim counted from the front.
 std::optional<int64_t> wrapped(std::optional<int64_t> channel_dim, const at::Tensor& weight);

@@ -5,21 +5,18 @@
 
 #include "torchqat/math/region_code.h"
 #include "torchqat/ops/autograd_node.h"
+#include "torchqat/ops/dtypes.h"
 #include "torchqat/ops/not_differentiable.h"
 #include "torchqat/ops/ste.h"
 
 namespace torchqat {
 namespace {
 
-bool is_supported(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16;
-}
-
 void check_alpha(std::string_view op, const at::Tensor& x, const at::Tensor& alpha, int64_t channel_dim) {
   TORCH_CHECK_TYPE(alpha.layout() == at::kStrided, op, ": alpha must be a dense tensor, got layout ",
                    alpha.layout());
-  TORCH_CHECK_TYPE(is_supported(alpha.scalar_type()), op,
-                   ": alpha must be float64, float32, bfloat16 or float16, got ", alpha.scalar_type());
+  TORCH_CHECK_TYPE(is_supported(alpha.scalar_type()), op, ": alpha must be ", kSupportedDtypes, ", got ",
+                   alpha.scalar_type());
   TORCH_CHECK_VALUE(alpha.device() == x.device(), op, ": alpha must be on the device of x, ", x.device(),
                     ", got ", alpha.device());
   TORCH_CHECK_VALUE(alpha.dim() <= 1, op, ": alpha must have shape [], [1] or [channels], got ",
@@ -35,8 +32,8 @@ void check_alpha(std::string_view op, const at::Tensor& x, const at::Tensor& alp
 void check(std::string_view op, const at::Tensor& x, const at::Tensor& alpha, int64_t bits,
            int64_t channel_dim) {
   TORCH_CHECK_TYPE(x.layout() == at::kStrided, op, ": x must be a dense tensor, got layout ", x.layout());
-  TORCH_CHECK_TYPE(is_supported(x.scalar_type()), op,
-                   ": x must be float64, float32, bfloat16 or float16, got ", x.scalar_type());
+  TORCH_CHECK_TYPE(is_supported(x.scalar_type()), op, ": x must be ", kSupportedDtypes, ", got ",
+                   x.scalar_type());
   TORCH_CHECK_VALUE(1 <= bits && bits <= 8, op, ": bits must be in 1..8, got ", bits);
   check_alpha(op, x, alpha, channel_dim);
 }
@@ -67,11 +64,21 @@ struct StaircaseReluBackward : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
     torch::autograd::variable_list result(2);
     if (!grads[0].defined()) return result;
-    auto [grad_x, grad_alpha] = backward_op().call(grads[0], saved.unpack(), alpha.unpack(), size, stride,
-                                                   bits, ste, alpha_grad, channel_dim);
+    auto [grad_x, grad_alpha] = derivatives(grads[0]);
     if (task_should_compute_output(0)) result[0] = std::move(grad_x);
     if (task_should_compute_output(1)) result[1] = std::move(grad_alpha);
+    if (at::GradMode::is_enabled()) {
+      auto inputs = next_edges();
+      inputs.push_back(torch::autograd::impl::gradient_edge(grads[0]));
+      refuse_second_derivative("staircase_relu", result, std::move(inputs));
+    }
     return result;
+  }
+  std::tuple<at::Tensor, at::Tensor> derivatives(const at::Tensor& grad) {
+    const auto saved_now = saved.unpack();  // with autograd on: checkpointing computes it again here
+    const auto alpha_now = alpha.unpack();
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return backward_op().call(grad, saved_now, alpha_now, size, stride, bits, ste, alpha_grad, channel_dim);
   }
   void release_variables() override {
     saved.reset_data();

@@ -36,7 +36,7 @@ def add_momentum(param: Tensor, state: State) -> None:
 
 
 def projection(state: State, group: Group) -> Tensor:
-    """w as a step leaves it: scale * level, from the latent and the stored scale, with the sign of zeros."""
+    """w as a step leaves it: scale * level, from the latent and the stored scale."""
     latent, scale = state["latent"], state["scale"]
     bits, channel_dim, method = group["quant_bits"], group["channel_dim"], group["method"]
     nearest = latent
@@ -46,8 +46,7 @@ def projection(state: State, group: Group) -> Tensor:
     codes = F.weight_codes(nearest, scale, bits, channel_dim=channel_dim)
     if scale.dim() == 1:
         scale = scale.reshape([-1 if d == channel_dim % latent.dim() else 1 for d in range(latent.dim())])
-    # latent + 0 turns a latent of -0, whose level is 0, into +0.
-    return codes.to(latent.dtype).copysign_(latent + 0.0) * scale
+    return codes.to(latent.dtype) * scale
 
 
 def holds_projection(param: Tensor, state: State, group: Group) -> bool:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,9 @@ class CMakeBuild(build_ext):
         program = shutil.which("cmake", path=path)
         if not program:
             sys.exit("torchqat: cmake is missing; install it (pip install cmake ninja) and try again")
-        subprocess.run([program, *map(str, arguments)], check=True, env={**os.environ, "PATH": path})
+        command = [program, *map(str, arguments)]
+        if code := subprocess.run(command, env={**os.environ, "PATH": path}).returncode:
+            sys.exit(f"torchqat: the build failed, its messages are above: {shlex.join(command)} gave {code}")
 
 
 class PlatformWheel(bdist_wheel):

@@ -222,6 +222,21 @@ def cuda_torch():
         pytest.skip("this torch is a CPU-only build")
 
 
+def test_pip_ends_in_one_line_where_cmake_fails(cmake, tmp_path):
+    pytest.importorskip("setuptools")
+    (tmp_path / "file").touch()
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path],
+        cwd=ROOT,
+        env={**os.environ, "TORCHQAT_BUILD_DIR": str(tmp_path / "file/build")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert_fails(result, "the build failed, its messages are above: ")
+    assert "Traceback" not in result.stderr
+
+
 def test_no_nvcc_is_an_error_where_cuda_is_asked_for(cmake, cuda_torch):
     code, output = cmake("-DTORCHQAT_CUDA=on", *without_nvcc())
     assert code != 0

@@ -28,6 +28,11 @@ def random_params(dtype=torch.float32, device="cpu", shapes=((4, 3), (5,), ())):
     return [torch.nn.Parameter(value) for value in values]
 
 
+def plain(params):
+    """Groups that say that they are not quantized; without a word BCGD warns."""
+    return [{"params": list(params), "quant_bits": None}]
+
+
 def set_gradients(params, step):
     """The same for equal parameters; every third time one parameter has none."""
     generator = torch.Generator().manual_seed(step)
@@ -45,7 +50,7 @@ def set_gradients(params, step):
 @pytest.mark.parametrize("options", SGD_OPTIONS, ids=lambda o: "-".join(o) or "plain")
 def test_a_group_without_quant_bits_is_sgd_bit_for_bit(options, lr, dtype, device):
     ours, theirs = random_params(dtype, device), random_params(dtype, device)
-    bcgd = BCGD(ours, lr=lr, **options)
+    bcgd = BCGD(plain(ours), lr=lr, **options)
     sgd = torch.optim.SGD(theirs, lr=lr, foreach=False, fused=False, **options)
     for step in range(5):
         set_gradients(ours, step)
@@ -63,7 +68,7 @@ def test_a_plain_group_is_sgd_under_a_gradient_scaler_too(dtype, scale, unscale)
     runs = []
     for make in (BCGD, lambda *a, **k: torch.optim.SGD(*a, foreach=False, fused=False, **k)):
         params = random_params(dtype)
-        optimizer = make(params, lr=0.1, momentum=0.9)
+        optimizer = make(plain(params), lr=0.1, momentum=0.9)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
         seen = []
         for step in range(5):
@@ -85,7 +90,7 @@ def test_a_plain_group_is_sgd_under_a_gradient_scaler_too(dtype, scale, unscale)
 
 def test_min_value_clamps_after_the_step():
     low, free = random_params(shapes=((3,), (3,)))
-    optimizer = BCGD([{"params": [low], "min_value": 0.25}, {"params": [free]}], lr=1.0)
+    optimizer = BCGD([{"params": [low], "min_value": 0.25}, *plain([free])], lr=1.0)
     for p in (low, free):
         p.grad = torch.tensor([10.0, -10.0, torch.nan])
     expected = low.detach() - low.grad, free.detach() - free.grad
@@ -277,7 +282,7 @@ def test_momentum_may_be_switched_on_later():
 
 def test_quant_bits_may_be_switched_on_later_and_momentum_goes_on():
     p = random_params(torch.bfloat16, shapes=((4, 3),))[0]
-    optimizer = BCGD([p], lr=0.1, momentum=0.9)
+    optimizer = BCGD(plain([p]), lr=0.1, momentum=0.9)
     for bits in (None, 1):
         optimizer.param_groups[0]["quant_bits"] = bits
         p.grad = torch.ones_like(p)
@@ -414,8 +419,11 @@ def test_lr_must_not_be_a_tensor_of_integers(group):
         ({"quant_bits": 1, "min_value": 0.1}, ValueError, "min_value is for groups without quant_bits"),
         ({"quant_bits": 1, "lr": -1.0}, ValueError, "lr must be at least 0"),
         ({"momentum": -1}, ValueError, "momentum must be at least 0, got -1"),
-        ({"quantbits": 1}, ValueError, "unknown option 'quantbits', did you mean 'quant_bits'"),
-        ({"quant_bits": 1, "chanel_dim": 0}, ValueError, "did you mean 'channel_dim'"),
+        ({"quantbits": 1}, ValueError, "must be among .*quant_bits, channel_dim.*, got 'quantbits'"),
+        ({"weight_bits": 1}, ValueError, "got 'weight_bits'"),
+        ({"bits": 1, "quant_bits": 1}, ValueError, "got 'bits'"),
+        ({"quant_bits": 1, "chanel_dim": 0}, ValueError, "got 'chanel_dim'"),
+        ({"quant_bits": 1, "lr_scale": 0.5}, ValueError, "got 'lr_scale'"),
         (
             {"quant_bits": 1, "params": [torch.zeros(3, dtype=torch.int64)]},
             TypeError,
@@ -436,10 +444,48 @@ def test_a_bad_group_is_refused_and_leaves_the_optimizer_as_it_was(group, error,
         BCGD([{"params": fresh, **group}], lr=0.1)
 
 
-def test_groups_may_have_keys_of_others():
-    others = ["name", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"]
-    optimizer = BCGD([{"params": random_params(), "quant_bits": 1, **dict.fromkeys(others, 0.5)}], lr=0.1)
-    assert all(optimizer.param_groups[0][key] == 0.5 for key in others)
+def schedulers(optimizer):
+    scheduled = torch.optim.lr_scheduler
+    return [
+        scheduled.CosineAnnealingLR(optimizer, 4),
+        scheduled.OneCycleLR(optimizer, max_lr=0.1, total_steps=8),
+        scheduled.CyclicLR(optimizer, base_lr=0.01, max_lr=0.1),
+        torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.05),
+    ]
+
+
+def test_groups_may_have_keys_of_torch_and_load_them():
+    def made(groups):
+        return BCGD(groups, lr=0.1, momentum=0.9)
+
+    first = made([{"params": random_params(), "quant_bits": 1, "name": "weights"}])
+    keys = set(first.param_groups[0])
+    schedulers(first)
+    first.param_groups[0]["my_own"] = 3
+    assert {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"} <= (
+        set(first.param_groups[0]) - keys
+    )
+    second = made([{"params": random_params(), "quant_bits": 1}])
+    second.load_state_dict(first.state_dict())
+    assert_same(second.state_dict(), first.state_dict())
+    del first.param_groups[0]["my_own"]
+    made(first.param_groups)
+    made([{"params": [("weight", random_params()[0])], "quant_bits": 1}])  # with torch's param_names
+
+
+def test_a_model_that_nothing_quantizes_is_told_of():
+    message = "BCGD: no group has quant_bits.*torchqat.optim.param_groups"
+    with pytest.warns(UserWarning, match=message) as caught:
+        optimizer = BCGD(small_net().parameters(), lr=0.1)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=message):
+        BCGD([{"params": random_params(), "lr": 0.5}], lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.add_param_group({"params": random_params(shapes=((5, 5),)), "quant_bits": 1})
+        BCGD(torchqat.optim.param_groups(small_net(), None), lr=0.1)  # float on purpose
+        quantized(small_net())
+    assert optimizer.param_groups[1]["params"][0].abs().unique().numel() == 1
 
 
 def test_sparse_gradients_are_refused_before_anything_changes():
@@ -461,7 +507,7 @@ def test_sparse_gradients_of_plain_groups_are_those_of_sgd():
     for make in (BCGD, lambda params, lr: torch.optim.SGD(params, lr=lr, foreach=False)):
         torch.manual_seed(0)
         embedding = torch.nn.Embedding(5, 3, sparse=True)
-        optimizer = make(embedding.parameters(), lr=0.1)
+        optimizer = make(plain(embedding.parameters()), lr=0.1)
         embedding(torch.tensor([1, 2])).square().sum().backward()
         optimizer.step()
         results.append(embedding.weight.detach())

@@ -204,6 +204,76 @@ def test_nan_weights_are_not_taken_for_a_change():
         assert model[0].weight.isnan().all()
 
 
+# ---- parameters that are quantized already ----
+
+
+STARTED = r"BCGD: 2 parameter\(s\), the first of shape \(6, 2, 3, 3\), held quantized values"
+
+
+# Rounding to half precision moves lloyd's scale too far for its weights to be told from others.
+SEEN = [(setting, dtype) for setting in SETTINGS for dtype in (torch.float64, torch.float32)] + [
+    (setting, dtype) for setting in SETTINGS[:4] for dtype in (torch.bfloat16, torch.float16)
+]
+
+
+@pytest.mark.parametrize("setting, dtype", SEEN)
+def test_a_second_optimizer_of_quantized_parameters_says_once_that_latents_are_lost(setting, dtype):
+    model, _ = trained(dtype=dtype, **setting)
+    second = quantized(model, **setting)
+    with pytest.warns(UserWarning, match=STARTED):
+        train(model, second, 1)
+    train(model, second, 2)  # silent: warnings of BCGD are errors here
+
+
+def test_a_second_optimizer_that_loads_the_state_of_the_first_is_silent_and_the_same():
+    model, optimizer = trained()
+    second = quantized(model)
+    second.load_state_dict(optimizer.state_dict())
+    control = copy.deepcopy((model, optimizer))
+    train(model, second, 2)
+    train(*control, 2)
+    assert_same(snapshot(model, second), snapshot(*control))
+
+
+def test_a_second_optimizer_from_the_latents_is_silent_and_the_same():
+    model, optimizer = trained(momentum=0.0)
+    control = copy.deepcopy((model, optimizer))
+    with torch.no_grad():
+        for layer in (model[0], model[4]):
+            layer.weight.copy_(optimizer.latent(layer.weight))
+    second = quantized(model, momentum=0.0)
+    train(model, second, 2)
+    train(*control, 2)
+    assert_same(snapshot(model, second), snapshot(*control))
+
+
+def test_an_optimizer_of_meta_parameters_can_be_made():
+    BCGD([{"params": [torch.nn.Parameter(torch.empty(9, 9, device="meta"))], "quant_bits": 1}], lr=0.1)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "values",
+    [torch.zeros(40, 40), torch.ones(40, 40), torch.tensor([0.5]), torch.tensor([1.0, -1.0]), torch.empty(0)],
+    ids=["zeros", "ones", "one", "two", "none"],
+)
+def test_constant_and_tiny_parameters_are_not_taken_for_quantized_ones(values, bits):
+    p = torch.nn.Parameter(values.clone())
+    optimizer = BCGD([{"params": [p], "quant_bits": bits}], lr=0.1)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_float_parameters_are_not_taken_for_quantized_ones(bits, dtype):
+    params = [torch.nn.Parameter(torch.randn(2**bits + 1).to(dtype)) for _ in range(50)]
+    optimizer = BCGD([{"params": params, "quant_bits": bits}], lr=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
 # ---- averages ----
 
 
@@ -339,7 +409,7 @@ def test_the_state_of_sgd_fits_groups_that_are_not_quantized():
     model, other = small_net(), small_net()
     sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, foreach=False)
     train(model, sgd, 2)
-    bcgd = BCGD(other.parameters(), lr=0.01)
+    bcgd = BCGD([{"params": other.parameters(), "quant_bits": None}], lr=0.01)
     other.load_state_dict(model.state_dict())
     bcgd.load_state_dict(sgd.state_dict())
     train(model, sgd, 2, first=2)
@@ -393,6 +463,15 @@ def test_a_checkpoint_of_another_model_is_refused_and_nothing_changes(spoil, mes
         optimizer.load_state_dict(state)
     assert_same(snapshot(model, optimizer), before)
     train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("keys", [(), ("state",), ("param_groups",)])
+def test_a_checkpoint_without_its_parts_is_refused(keys):
+    _, optimizer = trained()
+    state = {key: optimizer.state_dict()[key] for key in keys}
+    lacks = ", ".join(key for key in ("state", "param_groups") if key not in keys)
+    with pytest.raises(ValueError, match=f"BCGD: the state_dict must have .*, got one without {lacks}$"):
+        optimizer.load_state_dict(state)
 
 
 def test_a_checkpoint_with_momentum_of_another_shape_is_refused_in_plain_groups_too():

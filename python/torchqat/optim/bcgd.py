@@ -1,6 +1,7 @@
 """BCGD: stochastic gradient descent for quantized weights."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,8 +9,14 @@ import torch
 from torch import Tensor
 
 from torchqat.optim import checks
-from torchqat.optim.latents import LatentOptimizer, all_pairs, quantized_pairs
+from torchqat.optim.latents import LatentOptimizer, all_pairs, quantized_pairs, was_quantized
 from torchqat.optim.steps import plain_step, quantized_step
+
+NOTHING_QUANTIZED = (
+    "BCGD: no group has quant_bits, so nothing is quantized: each step is that of torch.optim.SGD, and step "
+    "sizes of StaircaseReLUs are not clamped to alpha_min (forward still does not go below it). Make groups "
+    "with torchqat.optim.param_groups(model, weight_bits); quant_bits=None in one says that this is meant."
+)
 
 
 class BCGD(LatentOptimizer):
@@ -30,7 +37,12 @@ class BCGD(LatentOptimizer):
     bit.
 
     **The parameters are quantized as soon as the optimizer is made** (or a group is added), so that the first
-    gradient is already taken at :math:`w`. Move the model to its device and load its weights before.
+    gradient is already taken at :math:`w`. Move the model to its device and load its weights before; prepare
+    it before too (:func:`torchqat.prepare`), else its step sizes are in no group and are not trained.
+
+    **One optimizer per model.** The float weights live here and nowhere else. A second optimizer of the same
+    parameters, or one made after loading the model's state alone, starts its latents from quantized values:
+    its first step warns of that. Go on with the first, or load its ``state_dict``.
 
     **Changes from outside.** As long as a parameter holds the projection of its latent, the latent counts. A
     parameter that was given other values (an edit in place, new storage, ``load_state_dict`` of the model
@@ -49,8 +61,10 @@ class BCGD(LatentOptimizer):
     ``quant_bits`` the host reads whether to skip, as it does for ``torch.optim.SGD``.
 
     Args:
-        params: parameters or groups of them, as for every optimizer; see :func:`param_groups`. Besides the
-            options below a group may set
+        params: parameters or groups of them, as for every optimizer; see :func:`param_groups`. Where no group
+            says ``quant_bits``, a warning tells that nothing is quantized. Besides the options below,
+            ``name`` and what torch's schedulers write, a group may have these keys and no others (keys of
+            your own can be set in ``param_groups`` afterwards):
 
             - ``quant_bits`` (1 to 8; 2 is ternary; default None: a plain SGD group),
             - ``channel_dim`` (default None: one scale per tensor; else one per index of that dimension),
@@ -70,8 +84,8 @@ class BCGD(LatentOptimizer):
     are float32 for half and bfloat16 parameters, else of the parameter's dtype.
 
     Raises:
-        ValueError: options out of range or misspelt, a ``state_dict`` of another model or another
-            quantization.
+        ValueError: options out of range, an unknown key in a group, a ``state_dict`` of another model or
+            another quantization.
         TypeError: a parameter that is not real floating point in a quantized group; a tensor of integers as
             ``lr``; ``quant_bits`` that is no int.
         RuntimeError: sparse gradients in a quantized group; a step inside :meth:`latents`.
@@ -109,7 +123,11 @@ class BCGD(LatentOptimizer):
             differentiable=False,
         )  # fmt: skip
         checks.check_options(defaults)
+        params = params if isinstance(params, Tensor) else list(params)  # torch refuses a tensor
+        bits_given = any(isinstance(group, dict) and "quant_bits" in group for group in params)
         super().__init__(params, defaults)
+        if not bits_given:
+            warnings.warn(NOTHING_QUANTIZED, stacklevel=2)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -127,7 +145,9 @@ class BCGD(LatentOptimizer):
         group = self.param_groups[-1]
         try:
             checks.check_group(group, self.defaults)
-            self._adopt(quantized_pairs([group]))
+            pairs = quantized_pairs([group])
+            self._adopt(pairs)
+            self._starts_quantized += [p for p, _ in pairs if was_quantized(p, self.state[p], group)]
         except Exception:
             self.param_groups.pop()
             raise
@@ -147,6 +167,7 @@ class BCGD(LatentOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._warn_of_quantized_starts()
         plain, quantized = self._with_gradients()
         changed = self._changed([(p, group) for group, params in quantized for p in params])
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -187,6 +208,7 @@ class BCGD(LatentOptimizer):
         states = []
 
         def check(_, state_dict: dict[str, Any]) -> dict[str, Any]:
+            checks.check_saved_parts(state_dict)
             groups, saved = state_dict["param_groups"], state_dict["state"]
             checks.check_saved_groups(groups, self.param_groups)
             states.extend(saved.get(number, {}) for group in groups for number in group["params"])
@@ -196,6 +218,7 @@ class BCGD(LatentOptimizer):
             return {**state_dict, "param_groups": [{**o, **g} for o, g in zip(own, groups, strict=True)]}
 
         def restore(_) -> None:
+            self._starts_quantized = []
             for (p, group), saved in zip(all_pairs(self.param_groups), states, strict=True):
                 if group["quant_bits"] is not None:
                     self._restore(p, group, saved)

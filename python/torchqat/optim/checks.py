@@ -1,6 +1,5 @@
 """What BCGD refuses: options out of range, parameters and checkpoints that do not fit."""
 
-from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +8,9 @@ Group = dict[str, Any]
 State = dict[str, Any]
 
 PROJECTION = ("quant_bits", "channel_dim", "method")
+# Keys that torch.optim and its schedulers write into groups.
+OF_TORCH = ("params", "name", "param_names", "differentiable", "initial_lr", "max_lr", "min_lr", "swa_lr",
+            "base_momentum", "max_momentum")  # fmt: skip
 
 
 def check_options(options: Group) -> None:
@@ -37,13 +39,12 @@ def check_bits(name: str, bits: int | None) -> None:
 
 
 def check_group(group: Group, defaults: Group) -> None:
-    """Raises where a group has a misspelt option, one out of range, or a quantization that there is not;
+    """Raises where a group has an unknown key, an option out of range, or a quantization that there is not;
     quantize_weight checks the rest."""
-    for key in group.keys() - defaults.keys():
-        # Only what looks like one of ours: schedulers and users keep keys of their own in the groups. The
-        # cutoff lies above the likeness of max_momentum, a scheduler's, to momentum: 0.8.
-        if meant := get_close_matches(key, defaults, n=1, cutoff=0.85):
-            raise ValueError(f"BCGD: a group has the unknown option {key!r}, did you mean {meant[0]!r}?")
+    unknown = [key for key in group if key not in defaults and key not in OF_TORCH]
+    if unknown:
+        known = ", ".join(key for key in ("params", "name", *defaults) if key != "differentiable")
+        raise ValueError(f"BCGD: the keys of a group must be among {known}, got {unknown[0]!r}")
     check_options(group)
     check_bits("BCGD: quant_bits", group["quant_bits"])
     if group["quant_bits"] is None:
@@ -60,6 +61,15 @@ def check_group(group: Group, defaults: Group) -> None:
 def refuse_sparse_gradients(params: list[Tensor]) -> None:
     if any(p.grad.is_sparse for p in params):
         raise RuntimeError("BCGD: gradients in a group with quant_bits must be dense, got a sparse one")
+
+
+def check_saved_parts(state_dict: dict[str, Any]) -> None:
+    missing = [key for key in ("state", "param_groups") if key not in state_dict]
+    if missing:
+        raise ValueError(
+            "BCGD: the state_dict must have state and param_groups, as state_dict() of an optimizer gives, "
+            f"got one without {', '.join(missing)}"
+        )
 
 
 def check_saved_groups(saved: list[Group], groups: list[Group]) -> None:

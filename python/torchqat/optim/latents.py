@@ -57,6 +57,18 @@ def holds_projection(param: Tensor, state: State, group: Group) -> bool:
     return torch.equal(param, w) or bool(((param == w) | (param.isnan() & w.isnan())).all())
 
 
+def was_quantized(param: Tensor, state: State, group: Group) -> bool:
+    """Whether the values that became the latent were a projection already, but for rounding.
+
+    Nothing can be told where the values are not more than their levels, or are all the same.
+    """
+    latent, levels = state["latent"], 2 ** group["quant_bits"] * state["scale"].numel()
+    if latent.is_meta or latent.numel() <= levels or latent.min() == latent.max():
+        return False
+    rounding = max(torch.finfo(param.dtype).eps, 2.0**-20)
+    return torch.allclose(param.detach().to(latent.dtype), latent, rtol=rounding, atol=0.0)
+
+
 def fit_to(param: Tensor, state: State) -> None:
     """Moves the state to the parameter's device and dtype, where the model was moved or cast meanwhile."""
     for key in ("latent", "momentum_buffer", "scale"):
@@ -91,6 +103,8 @@ class LatentOptimizer(torch.optim.Optimizer):
         # What the optimizer left of each parameter: version counter and address. Never saved: a parameter
         # without an entry has its values compared.
         self._left: dict[int, tuple[int, int]] = {}
+        # Parameters that were quantized when they were added; a state_dict may still bring their latents.
+        self._starts_quantized: list[Tensor] = []
         self._swapped = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -194,6 +208,11 @@ class LatentOptimizer(torch.optim.Optimizer):
             p.copy_(w)
             self._leave(p)
 
+    def _warn_of_quantized_starts(self) -> None:
+        if self._starts_quantized:
+            warnings.warn(_quantized_starts(self._starts_quantized), stacklevel=3)
+            self._starts_quantized = []
+
     @torch.no_grad()
     def _restore(self, param: Tensor, group: Group, saved: State) -> None:
         """Takes a saved state over; the parameter then holds its projection."""
@@ -216,4 +235,13 @@ def _lost_latents(params: list[Tensor]) -> str:
         f"BCGD: {len(params)} parameter(s) changed outside the optimizer, the first of shape "
         f"{tuple(params[0].shape)}: their float latents are dropped and start again from the new values. "
         "Load a checkpoint into both model and optimizer to go on with its latents. (Warned of once.)"
+    )
+
+
+def _quantized_starts(params: list[Tensor]) -> str:
+    return (
+        f"BCGD: {len(params)} parameter(s), the first of shape {tuple(params[0].shape)}, held quantized "
+        "values when this optimizer was made: their float latents start from those. If an earlier BCGD "
+        "quantized them, its latents are not used. Go on with that optimizer, load its state_dict into this "
+        "one, or copy its latent(p) into each parameter p before this one is made."
     )

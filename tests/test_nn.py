@@ -1,12 +1,16 @@
 """nn.StaircaseReLU: where its step size starts, how it is bounded, and what its gradient goes through."""
 
+import copy
+import io
 import math
 import pickle
+import warnings
 
 import numpy as np
 import oracles
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 from torchqat.nn import OPTIMAL_ALPHA, StaircaseReLU
 
 
@@ -79,7 +83,7 @@ def test_a_nan_in_alpha_is_not_hidden_by_the_bound():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(bits=0), "bits must be in 1..8, got 0"),
+        (dict(bits=0), "StaircaseReLU: bits must be in 1..8, got 0"),
         (dict(ste="tanh"), "unknown ste 'tanh'; choose one of identity, relu"),
         (dict(alpha_grad="mean"), "unknown alpha_grad 'mean'"),
         (dict(channels=0), "channels must be None or at least 1, got 0"),
@@ -90,13 +94,18 @@ def test_a_nan_in_alpha_is_not_hidden_by_the_bound():
         (dict(alpha_grad_clip=0.0), "alpha_grad_clip must be > 0, got 0.0"),
         (dict(alpha_min=0.0), "alpha_min must be a finite number > 0, got 0.0"),
         (dict(alpha_min=math.inf), "alpha_min must be a finite number > 0, got inf"),
-        (dict(bits=2.5), "bits must be an integer, got 2.5"),
         (dict(alpha_grad_scale=math.inf), "alpha_grad_scale must be finite, got inf"),
     ],
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         StaircaseReLU(**options)
+
+
+@pytest.mark.parametrize("bits", [2.5, 2.0, "2", None, True])
+def test_bits_that_are_no_int_are_named(bits):
+    with pytest.raises(TypeError, match=f"StaircaseReLU: bits must be an int, got {bits!r}"):
+        StaircaseReLU(bits)
 
 
 def test_a_wrong_number_of_channels_is_named():
@@ -110,3 +119,65 @@ def test_it_pickles_and_prints():
     twin = pickle.loads(pickle.dumps(act))
     x = torch.randn(3, 2)
     torch.testing.assert_close(twin(x), act(x), rtol=0, atol=0)
+
+
+# ---- state dicts ----
+
+
+def net(**options):
+    return torch.nn.Sequential(torch.nn.Linear(3, 3), StaircaseReLU(**{"bits": 2, **options}))
+
+
+def saved_and_loaded(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "options, got",
+    [
+        ({"bits": 4}, "bits=4"),
+        ({"ste": "identity"}, "ste='identity'"),
+        ({"alpha_grad": "min"}, "alpha_grad='min'"),
+    ],
+)
+@pytest.mark.parametrize("way", [lambda s: s, saved_and_loaded, copy.deepcopy], ids=["as is", "file", "copy"])
+def test_a_state_of_other_settings_is_refused_by_name(way, options, got):
+    state = way(net(**options).state_dict())
+    ours = "bits=2, ste='clipped_relu', alpha_grad='three_valued'"
+    with pytest.raises(RuntimeError, match=f"StaircaseReLU '1': the state must be of {ours}, got .*{got}"):
+        net().load_state_dict(state)
+    with pytest.raises(RuntimeError, match="StaircaseReLU '1'"):
+        net().load_state_dict(state, strict=False)
+    net(**options).load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_state_holds_alpha_alone_and_loads_without_its_metadata():
+    """As from formats that hold tensors only, and from before the settings were kept."""
+    model = net(alpha_init=0.5)
+    assert [key for key in model.state_dict() if key.startswith("1.")] == ["1.alpha"]
+    for options in ({}, {"bits": 4}):
+        other = net(**options)
+        other.load_state_dict(dict(model.state_dict()))
+        assert other[1].alpha == 0.5
+    state = model.state_dict()
+    del state._metadata["1"]["staircase_relu"]
+    net(bits=4).load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("error")
+def test_averages_copies_and_exports_keep_their_settings():
+    model = net()
+    averaged = AveragedModel(model, use_buffers=True)
+    averaged.update_parameters(model)
+    AveragedModel(net()).load_state_dict(saved_and_loaded(averaged.state_dict()))
+    with pytest.raises(RuntimeError, match="StaircaseReLU 'module.1'"):
+        AveragedModel(net(bits=3)).load_state_dict(averaged.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.export itself
+        exported = torch.export.export(model, (torch.randn(2, 3),))
+    assert set(exported.state_dict) == set(model.state_dict())
+    StaircaseReLU(2).load_state_dict(StaircaseReLU(2).state_dict())

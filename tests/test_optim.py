@@ -411,8 +411,8 @@ def test_lr_must_not_be_a_tensor_of_integers(group):
     [
         ({"quant_bits": 0}, ValueError, "quant_bits must be in 1..8, got 0"),
         ({"quant_bits": 9}, ValueError, "quant_bits must be in 1..8, got 9"),
-        ({"quant_bits": 2.0}, TypeError, "quant_bits must be an int or None, got 2.0"),
-        ({"quant_bits": True}, TypeError, "quant_bits must be an int or None"),
+        ({"quant_bits": 2.0}, TypeError, "quant_bits must be an int, got 2.0"),
+        ({"quant_bits": True}, TypeError, "quant_bits must be an int"),
         ({"quant_bits": 1, "method": "best"}, ValueError, "exact, lloyd, twn"),
         ({"quant_bits": 4, "method": "twn"}, ValueError, "twn"),
         ({"quant_bits": 1, "channel_dim": 5}, (ValueError, IndexError), "channel_dim"),

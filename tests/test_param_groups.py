@@ -153,5 +153,5 @@ def test_what_cannot_be_quantized_is_named():
     for bits in (0, 9):
         with pytest.raises(ValueError, match=f"param_groups: weight_bits must be in 1..8, got {bits}"):
             param_groups(Net(), bits)
-    with pytest.raises(TypeError, match="param_groups: weight_bits must be an int or None, got 2.0"):
+    with pytest.raises(TypeError, match="param_groups: weight_bits must be an int, got 2.0"):
         param_groups(Net(), 2.0)

@@ -1,11 +1,13 @@
 """Modules."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchqat import functional as F
+from torchqat._bits import check_bits
 
 __all__ = ["StaircaseReLU"]
 
@@ -41,11 +43,11 @@ class StaircaseReLU(torch.nn.Module):
         alpha_grad_scale: what the gradient of ``alpha`` is multiplied by.
         alpha_grad_clip: what it is then clamped to, ``[-alpha_grad_clip, alpha_grad_clip]``; ``inf`` for no
             bound. The module cannot know of a factor on the loss: with a gradient scaler give ``inf`` (and
-            clip after
-            ``unscale_``), or the bound times the scaler's factor, else alpha hardly moves.
+            clip after ``unscale_``), or the bound times the scaler's factor, else alpha hardly moves.
         alpha_min: the least step size that forward uses. The bound passes the gradient, and forward never
-            writes
-            ``alpha``; :class:`torchqat.optim.BCGD` clamps the parameter itself after its step.
+            writes ``alpha``. :class:`torchqat.optim.BCGD` clamps the parameter itself after its step, in
+            groups of :func:`torchqat.optim.param_groups` (``min_value``); under another optimizer, or in
+            other groups, the parameter may wander below, where forward goes on with ``alpha_min``.
 
     Shape:
         any; with ``channels`` dimension 1 must have that size. The result has the input's shape and dtype.
@@ -55,7 +57,12 @@ class StaircaseReLU(torch.nn.Module):
             float32 unless the module is converted. Keep it float32 beside half-precision activations: its
             small updates need it.
 
+    A ``state_dict`` remembers ``bits``, ``ste`` and ``alpha_grad`` in its metadata, which ``torch.save``
+    keeps: ``load_state_dict`` into a model with others raises, ``strict`` or not. Formats that hold tensors
+    alone (safetensors) forget it, and so does ``dict(state_dict)``: then nothing is compared.
+
     Raises:
+        TypeError: ``bits`` is no int.
         ValueError: an option is out of range or unknown.
 
     Example:
@@ -82,8 +89,7 @@ class StaircaseReLU(torch.nn.Module):
         alpha_min: float = 1e-3,
     ):
         super().__init__()
-        if not isinstance(bits, int):
-            raise ValueError(f"StaircaseReLU: bits must be an integer, got {bits!r}")
+        check_bits("StaircaseReLU: bits", bits)
         if channels is not None and channels < 1:
             raise ValueError(f"StaircaseReLU: channels must be None or at least 1, got {channels}")
         if not alpha_grad_clip > 0:
@@ -129,6 +135,35 @@ class StaircaseReLU(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.staircase_relu(x, self.step_size(), self.bits, ste=self.ste, alpha_grad=self.alpha_grad)
 
+    def settings(self) -> dict[str, Any]:
+        """What a state must have been trained with to fit: ``bits``, ``ste`` and ``alpha_grad``."""
+        return {"bits": self.bits, "ste": self.ste, "alpha_grad": self.alpha_grad}
+
     def extra_repr(self) -> str:
         channels = "" if self.channels is None else f", channels={self.channels}"
-        return f"bits={self.bits}, ste={self.ste!r}, alpha_grad={self.alpha_grad!r}{channels}"
+        return as_arguments(self.settings()) + channels
+
+    # The settings travel in the metadata of a state_dict, where torch keeps its version numbers: the tensors
+    # of a state, their names and their files stay what they would be without.
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata["staircase_relu"] = self.settings()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        ours, saved = self.settings(), local_metadata.get("staircase_relu")
+        if saved is not None and saved != ours:
+            error_msgs.append(
+                f"StaircaseReLU {prefix[:-1]!r}: the state must be of {as_arguments(ours)}, "
+                f"got {as_arguments(saved)}; dict(state_dict) is loaded without this check."
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def as_arguments(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items())

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
+from torchqat._bits import check_bits
+
 Group = dict[str, Any]
 State = dict[str, Any]
 
@@ -29,15 +31,6 @@ def check_options(options: Group) -> None:
         raise ValueError("BCGD: Nesterov momentum requires a momentum and zero dampening")
 
 
-def check_bits(name: str, bits: int | None) -> None:
-    if bits is None:
-        return
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        raise TypeError(f"{name} must be an int or None, got {bits!r}")
-    if not 1 <= bits <= 8:
-        raise ValueError(f"{name} must be in 1..8, got {bits}")
-
-
 def check_group(group: Group, defaults: Group) -> None:
     """Raises where a group has an unknown key, an option out of range, or a quantization that there is not;
     quantize_weight checks the rest."""
@@ -46,9 +39,9 @@ def check_group(group: Group, defaults: Group) -> None:
         known = ", ".join(key for key in ("params", "name", *defaults) if key != "differentiable")
         raise ValueError(f"BCGD: the keys of a group must be among {known}, got {unknown[0]!r}")
     check_options(group)
-    check_bits("BCGD: quant_bits", group["quant_bits"])
     if group["quant_bits"] is None:
         return
+    check_bits("BCGD: quant_bits", group["quant_bits"])
     if group["min_value"] is not None:
         raise ValueError("BCGD: min_value is for groups without quant_bits")
     for p in group["params"]:

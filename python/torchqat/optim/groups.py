@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from torchqat._bits import check_bits
 from torchqat._excluded import Excluded
 from torchqat.nn import StaircaseReLU
-from torchqat.optim.checks import check_bits
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -66,7 +66,8 @@ def param_groups(
         [('quantized', 2), ('alphas', 1), ('float', 2)]
         >>> optimizer = torchqat.optim.BCGD(groups, lr=0.05, momentum=0.9)
     """
-    check_bits("param_groups: weight_bits", weight_bits)
+    if weight_bits is not None:
+        check_bits("param_groups: weight_bits", weight_bits)
     layers = [module for module in model.modules() if isinstance(module, WEIGHTED)]
     left_float = set(layers[: 0 if quantize_first else 1] + ([] if quantize_last else layers[-1:]))
     excluded = Excluded("param_groups", exclude, model)

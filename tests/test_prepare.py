@@ -177,7 +177,7 @@ def test_a_forward_that_does_not_trace_is_left_and_named_with_its_line(model, re
     message = str(caught[0].message)
     assert type(model).forward is forward and vars(model) == before
     assert (
-        "not quantised" in message
+        "not quantized" in message
         and reason in message
         and "0: F.relu at " in message
         and "test_prepare.py:" in message
@@ -204,7 +204,7 @@ def test_what_has_no_call_in_python_is_named():
 
 
 def test_functions_held_by_a_forward_that_does_not_trace_are_named():
-    with pytest.warns(UserWarning, match="not quantised"):
+    with pytest.warns(UserWarning, match="not quantized"):
         model = torchqat.prepare(nn.Sequential(HoldsFunctions()), 2)
     assert model.prepare_report.not_replaced == [
         f"0.{name}: a function inside HoldsFunctions" for name in ("first", "second")
@@ -214,8 +214,9 @@ def test_functions_held_by_a_forward_that_does_not_trace_are_named():
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("compiled", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(3))])
 def test_relus_in_torchscript_are_named(compiled):
-    model = nn.Sequential(compiled(Scriptable()), compiled(ScriptableFunctional()), compiled(nn.Linear(3, 3)))
-    with pytest.warns(UserWarning, match="not quantised"):
+    relus = compiled(Scriptable()), compiled(ScriptableFunctional())
+    model = nn.Sequential(*relus, compiled(nn.Linear(3, 3)), nn.ReLU())
+    with pytest.warns(UserWarning, match="not quantized"):
         torchqat.prepare(model, 2)
     first, second = model.prepare_report.not_replaced
     assert first.startswith("0: 0.act (in TorchScript")
@@ -238,9 +239,14 @@ def test_exclude_must_name_something(exclude, error):
 
 def test_bad_options_leave_the_model_alone():
     model = nn.Sequential(nn.ReLU())
-    for options in ({"act_bits": 9}, {"ste": "tanh"}, {"alpha_grad": "none"}):
+    for options in ({"ste": "tanh"}, {"alpha_grad": "none"}):
         with pytest.raises(ValueError):
             torchqat.prepare(model, **options)
+    for bits in (0, 9):
+        with pytest.raises(ValueError, match=f"prepare: act_bits must be in 1..8, got {bits}"):
+            torchqat.prepare(model, act_bits=bits)
+    with pytest.raises(TypeError, match="prepare: act_bits must be an int, got 2.0"):
+        torchqat.prepare(model, 2.0)
     assert type(model[0]) is nn.ReLU
     with pytest.raises(TypeError, match="itself a ReLU"):
         torchqat.prepare(nn.ReLU())
@@ -268,6 +274,38 @@ def test_preparing_twice_changes_nothing():
     before = {name: id(module) for name, module in model.named_modules()}
     quietly(model)
     assert {name: id(module) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("options", [{"act_bits": 4}, {"ste": "relu"}, {"alpha_grad": "exact"}])
+def test_preparing_again_with_other_settings_says_what_stays(options):
+    model = quietly(nn.Sequential(nn.ReLU(), Block()))
+    with pytest.warns(UserWarning) as caught:
+        torchqat.prepare(model, **{"act_bits": 2, **options})
+    assert len(caught) == 1 and caught[0].filename == __file__
+    names, kept = ["0", "1.act", "1.act_1"], "bits=2, ste='clipped_relu', alpha_grad='three_valued'"
+    assert model.prepare_report.kept == [f"{name}: {kept}" for name in names]
+    message = str(caught[0].message)
+    assert "are there already and keep their settings" in message
+    assert all(line in message for line in model.prepare_report.kept)
+    assert {module.bits for module in staircases(model).values()} == {2}
+
+
+def test_widths_may_be_mixed_by_preparing_in_turns():
+    model = quietly(nn.Sequential(nn.ReLU(), nn.ReLU()), exclude="1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torchqat.prepare(model, 4, exclude="0")
+    assert [module.bits for module in model] == [2, 4] and model.prepare_report.kept == []
+
+
+@pytest.mark.parametrize(
+    "model, exclude",
+    [(nn.Linear(2, 2), ()), (nn.Sequential(nn.Linear(2, 2), nn.GELU()), ()), (nn.Sequential(nn.ReLU()), "0")],
+)
+def test_a_model_without_relus_is_told_of(model, exclude):
+    with pytest.warns(UserWarning, match="prepare: nothing was replaced.*nn.ReLU, nn.ReLU6") as caught:
+        torchqat.prepare(model, 2, exclude=exclude)
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize(
@@ -410,7 +448,13 @@ def test_a_step_is_never_below_alpha_min():
             ValueError,
             "'0' has NaN or infinity",
         ),
-        (nn.Sequential(StaircaseReLU(2)), [3], TypeError, "a batch is"),
+        (nn.Sequential(StaircaseReLU(2)), [3], TypeError, "a batch must be"),
+        (
+            nn.Sequential(StaircaseReLU(2)),
+            torch.rand(2),
+            TypeError,
+            r"batches must be an iterable of batches, got one tensor: give \[images\]",
+        ),
     ],
 )
 def test_bad_input_is_an_error_and_changes_nothing(model, batches, error, match):

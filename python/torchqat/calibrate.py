@@ -17,12 +17,12 @@ def calibrate(model: nn.Module, batches: Iterable) -> nn.Module:
     Best is the least mean squared error of the staircase against the positive part of what the module was
     given, over all batches; per channel where the module has a step per channel. All modules are set from
     one pass over the data, in which they act as plain ReLUs: each step size fits the activations of the
-    network before quantisation. (Fitting them one after the other, each to the already quantised ones
+    network before quantization. (Fitting them one after the other, each to the already quantized ones
     before it, costs a pass per layer; training adapts the rest.) The inputs are counted in histograms, so
     that memory does not grow with the data.
 
     The pass runs without gradients and in eval mode. Training modes, the statistics of batch
-    normalisation and the state of the random generators are afterwards what they were; the same batches
+    normalization and the state of the random generators are afterwards what they were; the same batches
     give the same step sizes. Step sizes are never less than the module's ``alpha_min``. A module that is
     never called or never sees a positive value keeps its step size, and a warning names it; another names
     those that are called more than once per batch.
@@ -39,7 +39,7 @@ def calibrate(model: nn.Module, batches: Iterable) -> nn.Module:
     Raises:
         ValueError: the model has no StaircaseReLU, there is no batch, or a StaircaseReLU is given NaN or
             infinity. No step size has changed then.
-        TypeError: a batch has none of the forms above.
+        TypeError: ``batches`` is one tensor, or a batch has none of the forms above.
 
     Example:
         >>> import torchqat
@@ -49,6 +49,8 @@ def calibrate(model: nn.Module, batches: Iterable) -> nn.Module:
         >>> round(model[1].alpha.item(), 2)  # at one bit the best step is the mean of what is positive
         2.0
     """
+    if isinstance(batches, Tensor):
+        raise TypeError("calibrate: batches must be an iterable of batches, got one tensor: give [images]")
     observers = {
         module: _Observer(name, module)
         for name, module in model.named_modules()
@@ -125,7 +127,8 @@ def _run(model: nn.Module, batch: object, device: torch.device) -> None:
     x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(x, Tensor):
         raise TypeError(
-            f"calibrate: a batch is a tensor, a tuple or list that begins with one, or a dict, got {type(x)}"
+            "calibrate: a batch must be a tensor, a tuple or list that begins with one, or a dict, "
+            f"got {type(x).__name__}"
         )
     model(x.to(device))
 

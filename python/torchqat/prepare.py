@@ -1,4 +1,4 @@
-"""From a float network to one with quantised activations: puts a staircase in the place of every ReLU."""
+"""From a float network to one with quantized activations: puts a staircase in the place of every ReLU."""
 
 import warnings
 from collections.abc import Iterable
@@ -8,10 +8,15 @@ import torch
 from torch import nn
 
 from torchqat import _rewrite
+from torchqat._bits import check_bits
 from torchqat._excluded import Excluded
-from torchqat.nn import StaircaseReLU
+from torchqat.nn import StaircaseReLU, as_arguments
 
 RELUS = (nn.ReLU, nn.ReLU6)
+NOTHING_REPLACED = (
+    "prepare: nothing was replaced, the model has no ReLU that is not excluded: nn.ReLU, nn.ReLU6, F.relu, "
+    "F.relu6, torch.relu and Tensor.relu are replaced, other activations are not"
+)
 SCRIPTED_CALLS = ("aten::relu", "aten::relu_", "aten::relu6", "aten::relu6_")
 
 
@@ -23,11 +28,13 @@ class PrepareReport:
         replaced: the names of the StaircaseReLUs it made.
         not_replaced: one line for each ReLU that it found and could not replace: where, and why.
         shared: one line for each StaircaseReLU that a forward calls more than once: the calls share a step.
+        kept: one line for each StaircaseReLU that was there before, with other settings than are asked for.
     """
 
     replaced: list[str] = field(default_factory=list)
     not_replaced: list[str] = field(default_factory=list)
     shared: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
 
 
 def prepare(
@@ -46,7 +53,7 @@ def prepare(
     ``torch.relu`` or ``Tensor.relu``, gets one StaircaseReLU per call: its forward function is traced with
     torch.fx and rewritten (the object stays an instance of its class). A forward that fx cannot trace
     faithfully (control flow that depends on data or on ``self.training``, optional arguments, tensors it
-    makes itself) is left as it is; what is then seen to stay unquantised, or to share a step, is told by
+    makes itself) is left as it is; what is then seen to stay unquantized, or to share a step, is told by
     name in one warning and in ``model.prepare_report``, and so are ReLUs inside TorchScript. No inspection
     sees all: a ReLU that such a forward calls through a function outside its class, or takes from a plain
     Python list, stays as it is and is not told. As always with fx, a rewritten forward has the Python
@@ -54,7 +61,13 @@ def prepare(
 
     Training mode, device and hooks are kept. Step sizes are float32, float64 in a float64 model, and never
     less: convert a model to half precision before preparing it. Weights are not touched: quantize those
-    with :class:`~torchqat.optim.BCGD`. Preparing twice changes nothing the second time.
+    with :class:`~torchqat.optim.BCGD`.
+
+    **Prepare before making the optimizer**: the step sizes are new parameters, and an optimizer that does not
+    have them does not train them. StaircaseReLUs that are there already are kept: preparing twice changes
+    nothing the second time, and a warning names those whose ``bits``, ``ste`` or ``alpha_grad`` are not the
+    ones asked for (exclude them where widths are mixed on purpose). Another warning tells that there was
+    nothing to replace: other activations (GELU, SiLU, LeakyReLU, ...) stay as they are.
 
     Args:
         model: any module that is not a ReLU itself. Changed in place.
@@ -76,9 +89,11 @@ def prepare(
     """
     if isinstance(model, RELUS):
         raise TypeError("prepare: the model is itself a ReLU and cannot be replaced in place")
+    check_bits("prepare: act_bits", act_bits)
     left_alone = Excluded("prepare", exclude, model)
     options = {"ste": ste, "alpha_grad": alpha_grad, **options}
-    report = PrepareReport()
+    before = {name: m for name, m in model.named_modules() if isinstance(m, StaircaseReLU)}
+    report = PrepareReport(kept=_other_settings(before, act_bits, options, left_alone))
     made = _replace_modules(model, lambda: StaircaseReLU(act_bits, **options), left_alone, report)
     taken: set[nn.Module] = set()
     scripted = _report_scripted(model, left_alone, report)
@@ -98,9 +113,22 @@ def prepare(
         except _rewrite.Untraceable as reason:
             _report_untraced(name, owner, made, str(reason), report)
     model.prepare_report = report
-    _warn("prepare: these ReLUs are not quantised", report.not_replaced)
+    _warn("prepare: these ReLUs are not quantized", report.not_replaced)
     _warn("prepare: these StaircaseReLUs have one step for several calls", report.shared)
+    _warn("prepare: these StaircaseReLUs are there already and keep their settings", report.kept)
+    if not (report.replaced or report.not_replaced or before):
+        warnings.warn(NOTHING_REPLACED, stacklevel=2)
     return model
+
+
+def _other_settings(staircases, act_bits: int, options: dict, left_alone) -> list[str]:
+    """One line for each StaircaseReLU that is not what a new one would be."""
+    wanted = {"bits": act_bits, "ste": options["ste"], "alpha_grad": options["alpha_grad"]}
+    return [
+        f"{name or type(module).__name__}: {as_arguments(module.settings())}"
+        for name, module in staircases.items()
+        if module.settings() != wanted and not left_alone(name)
+    ]
 
 
 def _replace_modules(model, new, left_alone, report) -> dict[nn.Module, bool]:

@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kGroup; ++i) {
       const auto v = static_cast<opmath_t>(in[i]);
       if constexpr (std::is_same_v<out_t, uint8_t>) {
-        out[i] = stair.code(v);
+        out[i] = static_cast<uint8_t>(static_cast<int>(stair.code(v)));
       } else {
         out[i] = static_cast<out_t>(stair(v));
       }
@@ -109,7 +109,7 @@ struct FromRegions {
   static __device__ math::Region element(uint16_t word, int i) { return math::region_at(word, i); }
   __device__ math::StaircaseGrad<opmath_t> operator()(opmath_t grad, math::Region region,
                                                       const math::Staircase<opmath_t>&) const {
-    return grads(grad, region);
+    return grads(grad, math::bits_of(region));
   }
 };
 

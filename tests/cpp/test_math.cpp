@@ -301,7 +301,7 @@ TYPED_TEST(Math, BackwardFromTheRegionIsThatFromX) {
         points.push_back(kNan<T>);
         for (const T x : points) {
           for (const T grad : {T(2.5), T(0), kInf<T>, kNan<T>}) {
-            const auto from_region = table(grad, stair.region(x));
+            const auto from_region = table(grad, bits_of(stair.region(x)));
             const auto from_x = ValueBackward<Ste, T>{slope}(grad, x, stair);
             EXPECT_TRUE(identical(from_region.x, from_x.x)) << ste.name << " " << rule.name << " " << x;
             EXPECT_TRUE(identical(from_region.alpha, from_x.alpha))

@@ -1,10 +1,10 @@
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <limits>
 
 #include "torchqat/math/macros.h"
+#include "torchqat/math/select.h"
 
 namespace torchqat::math {
 
@@ -14,8 +14,20 @@ enum class Region : uint8_t { below = 0, inside = 1, above = 2, nan = 3 };
 // Highest step index of a b-bit staircase.
 TORCHQAT_HD constexpr int staircase_top(int64_t bits) { return (1 << bits) - 1; }
 
+// Its two bits apart. M is bool, or what a comparison of SIMD vectors gives.
+template <typename M>
+struct RegionBits {
+  M low;
+  M high;
+};
+
+TORCHQAT_HD constexpr RegionBits<bool> bits_of(Region region) {
+  const auto code = static_cast<unsigned>(region);
+  return {(code & 1u) != 0, (code & 2u) != 0};
+}
+
 // The b-bit staircase ReLU of step size alpha (BCGD, Yin et al. 2019): 0 on x <= 0, k * alpha on
-// ((k-1) * alpha, k * alpha] for k = 1..top, flat above. T is the op-math type.
+// ((k-1) * alpha, k * alpha] for k = 1..top, flat above. T is the op-math type, or a SIMD vector of it.
 template <typename T>
 struct Staircase {
   T alpha;  // NaN unless the step size given was > 0: everything it governs is then NaN
@@ -24,41 +36,40 @@ struct Staircase {
   T zero;   // 0, or NaN where alpha is
 
   TORCHQAT_HD Staircase(T step, int64_t bits) : top(T(staircase_top(bits))) {
-    const bool valid = step > T(0);
-    alpha = valid ? step : std::numeric_limits<T>::quiet_NaN();
-    zero = valid ? T(0) : alpha;
+    const T nan = T(std::numeric_limits<float>::quiet_NaN());
+    alpha = where(step > T(0), step, nan);
+    zero = where(step > T(0), T(0), nan);
     bound = top * alpha;
   }
 
-  // Step index, 0..top; NaN at x = NaN. The division is a true one: x * (1 / alpha) would move points
-  // that lie on the grid up a step. The quotient is bounded first, so that its ceiling can be taken through
-  // an integer: every processor has vectors for that. The lower clamp serves x so small that x / alpha
-  // underflows.
+  // Step index, 0..top, never -0; NaN at x = NaN. The division is a true one: x * (1 / alpha) would move
+  // points that lie on the grid up a step. The lower limit of 1 serves x so small that x / alpha underflows.
   TORCHQAT_HD T level(T x) const {
-    T quotient = x / alpha;
-    quotient = quotient > T(0) ? quotient : T(0);
-    quotient = quotient < top ? quotient : top;
-    const T whole = static_cast<T>(static_cast<int>(quotient));
-    const T k = whole < quotient ? whole + T(1) : whole;
-    return x > T(0) ? (k < T(1) ? T(1) : k) + zero : (x <= T(0) ? zero : x);
+    const T k = at_least(at_least(x, T(0)) / alpha, where(x > T(0), T(1), T(0)));
+    return ceiling(at_most(k, top)) + T(0);
   }
 
-  // The step index as an integer. NaN has no step: 0.
-  TORCHQAT_HD uint8_t code(T x) const {
+  // The step index as a number that has a step: 0 for NaN.
+  TORCHQAT_HD T code(T x) const {
     const T k = level(x);
-    return static_cast<uint8_t>(static_cast<int>(k > T(0) ? k : T(0)));
+    return where(k > T(0), k, T(0));
   }
 
   TORCHQAT_HD T operator()(T x) const {
     const T k = level(x);
-    return k > T(0) ? alpha * k : k;  // never -0, and 0 rather than 0 * inf
+    return where(x > T(0), alpha * k, k);  // 0 rather than 0 * inf
   }
 
-  // Comparisons alone, without a branch: NaN, in x or by alpha, fails them all and sets both bits.
+  // NaN, in x or by alpha, fails all comparisons and sets both bits.
+  TORCHQAT_HD auto region_bits(T x) const {
+    using M = decltype(x > x);
+    const M above_or_nan = !(x <= bound);
+    const M inside_or_nan = (!(x <= zero)) & (!(x > bound));
+    return RegionBits<M>{inside_or_nan, above_or_nan};
+  }
   TORCHQAT_HD Region region(T x) const {
-    const unsigned inside_or_nan = static_cast<unsigned>(!(x <= zero)) & static_cast<unsigned>(!(x > bound));
-    const unsigned above_or_nan = static_cast<unsigned>(!(x <= bound));
-    return static_cast<Region>(inside_or_nan | above_or_nan << 1);
+    const auto bits = region_bits(x);
+    return static_cast<Region>(static_cast<unsigned>(bits.low) | static_cast<unsigned>(bits.high) << 1);
   }
 };
 

@@ -21,37 +21,37 @@ struct AlphaSlope {
   bool exact;
   float inside;
   float above;
-
-  TORCHQAT_HD float at(Region region) const {
-    return region == Region::below ? 0.0F : (region == Region::inside ? inside : above);
-  }
 };
 
 // A slope of 0 stops the gradient whatever it is: 0 * inf is no reason for a NaN.
 template <typename T>
 TORCHQAT_HD T scaled(T grad, T slope) {
-  return slope == T(0) ? T(0) : grad * slope;
+  return where(slope == T(0), T(0), grad * slope);
 }
 
-// From the region alone: a slope for each. T is the op-math type.
+// A number for each region; NaN for that of NaN.
+template <typename T>
+struct ByRegion {
+  T below;
+  T inside;
+  T above;
+
+  template <typename M>
+  TORCHQAT_HD T at(const RegionBits<M>& bits) const {
+    const T nan = T(std::numeric_limits<float>::quiet_NaN());
+    return where(bits.high, where(bits.low, nan, above), where(bits.low, inside, below));
+  }
+};
+
+// From the region alone: a slope for each. T is the op-math type, or a SIMD vector of it.
 template <typename T>
 struct RegionBackward {
-  struct Slopes {
-    T below;
-    T inside;
-    T above;
+  ByRegion<T> x;
+  ByRegion<T> alpha;
 
-    TORCHQAT_HD T at(Region region) const {
-      const T below_or_inside = region == Region::below ? below : inside;
-      const T above_or_nan = region == Region::above ? above : std::numeric_limits<T>::quiet_NaN();
-      return region == Region::below || region == Region::inside ? below_or_inside : above_or_nan;
-    }
-  };
-  Slopes x;
-  Slopes alpha;
-
-  TORCHQAT_HD StaircaseGrad<T> operator()(T grad, Region region) const {
-    return {scaled(grad, x.at(region)), scaled(grad, alpha.at(region))};
+  template <typename M>
+  TORCHQAT_HD StaircaseGrad<T> operator()(T grad, const RegionBits<M>& bits) const {
+    return {scaled(grad, x.at(bits)), scaled(grad, alpha.at(bits))};
   }
 };
 
@@ -68,26 +68,17 @@ RegionBackward<T> region_backward(const AlphaSlope& alpha) {
 // From x, for the STEs and rules that no two bits can tell.
 template <typename Ste, typename T>
 struct ValueBackward {
-  AlphaSlope alpha_slope;
+  AlphaSlope alpha;
 
   TORCHQAT_HD StaircaseGrad<T> operator()(T grad, T x, const Staircase<T>& stair) const {
-    const Region region = stair.region(x);
-    if (region == Region::nan) {
-      const T nan = x + stair.zero;
-      return {nan, nan};
-    }
-    const T d_alpha = alpha_slope.exact ? stair.level(x) : T(alpha_slope.at(region));
-    return {scaled(grad, slope(x, stair, region)), scaled(grad, d_alpha)};
+    auto slopes = region_backward<T, Ste>(alpha);
+    if constexpr (!RegionSte<Ste>) slopes.x = same(Ste::slope(x, stair));
+    if (alpha.exact) slopes.alpha.inside = stair.level(x);
+    return slopes(grad, stair.region_bits(x));
   }
 
  private:
-  static TORCHQAT_HD T slope(T x, const Staircase<T>& stair, Region region) {
-    if constexpr (RegionSte<Ste>) {
-      return Ste::passes(region) ? T(1) : T(0);
-    } else {
-      return Ste::slope(x, stair);
-    }
-  }
+  static TORCHQAT_HD ByRegion<T> same(T slope) { return {slope, slope, slope}; }
 };
 
 }  // namespace torchqat::math

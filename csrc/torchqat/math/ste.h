@@ -38,7 +38,7 @@ struct LogTailedRelu {
   static constexpr std::string_view name = "log_tailed_relu";
   template <typename T>
   static TORCHQAT_HD T slope(T x, const Staircase<T>& s) {
-    return x <= T(0) ? T(0) : (x <= s.bound ? T(1) : T(1) / (x - s.bound + T(1)));
+    return where(x <= T(0), T(0), where(x <= s.bound, T(1), T(1) / (x - s.bound + T(1))));
   }
 };
 
@@ -47,7 +47,7 @@ struct ReverseExponential {
   static constexpr std::string_view name = "reverse_exponential";
   template <typename T>
   static TORCHQAT_HD T slope(T x, const Staircase<T>& s) {
-    return x <= T(0) ? T(0) : std::exp(-x / s.bound);
+    return where(x <= T(0), T(0), exponential(-x / s.bound));
   }
 };
 

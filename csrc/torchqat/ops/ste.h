@@ -29,6 +29,15 @@ void with_ste(std::string_view ste, F&& f) {
                     names_of<math::SteCatalogue>());
 }
 
+// Its place in the catalogue.
+inline size_t ste_index(std::string_view ste) {
+  size_t index = 0;
+  size_t next = 0;
+  std::apply([&](auto... member) { ((member.name == ste ? index = next : 0, ++next), ...); },
+             math::SteCatalogue{});
+  return index;
+}
+
 // Calls f(Rule{}) for the rule named `alpha_grad`.
 template <typename F>
 void with_alpha_grad(std::string_view alpha_grad, F&& f) {

@@ -1,0 +1,221 @@
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <immintrin.h>
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "torchqat/math/select.h"
+
+// For a function with loops over vectors: a call in it, however deep, would pass vectors through memory.
+#define TORCHQAT_ALL_INLINE [[gnu::flatten]]
+
+// Vectors of the instruction set that a file is compiled for: SSE2, which every x86-64 processor has, or
+// AVX2. A file that includes this is compiled once for each, with TORCHQAT_ISA as the name of a namespace:
+// whatever is in it must be in that namespace too, or a function made for one could be linked into the other.
+namespace torchqat::TORCHQAT_ISA {
+
+#ifdef __AVX2__
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// The compiler's own vectors of T.
+template <typename T>
+struct RawVector {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename T>
+using Raw = typename RawVector<T>::type;
+template <typename T>
+using IntOf = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+
+// What a comparison gives: for each lane all bits or none.
+template <typename T>
+struct Mask {
+  Raw<IntOf<T>> bits;
+
+  Mask operator&(Mask other) const { return {bits & other.bits}; }
+  Mask operator!() const { return {~bits}; }
+};
+
+template <typename T>
+struct Vec {
+  static constexpr int size = kVectorBytes / sizeof(T);
+
+  Vec() = default;
+  Vec(T value) : raw(value - Raw<T>{}) {}  // NOLINT: a number is a vector of equal numbers
+  explicit Vec(Raw<T> lanes) : raw(lanes) {}
+
+  Vec operator+(Vec b) const { return Vec(raw + b.raw); }
+  Vec operator-(Vec b) const { return Vec(raw - b.raw); }
+  Vec operator*(Vec b) const { return Vec(raw * b.raw); }
+  Vec operator/(Vec b) const { return Vec(raw / b.raw); }
+  Vec operator-() const { return Vec(-raw); }
+  Mask<T> operator<(Vec b) const { return {raw < b.raw}; }
+  Mask<T> operator>(Vec b) const { return {raw > b.raw}; }
+  Mask<T> operator<=(Vec b) const { return {raw <= b.raw}; }
+  Mask<T> operator>=(Vec b) const { return {raw >= b.raw}; }
+  Mask<T> operator==(Vec b) const { return {raw == b.raw}; }
+
+  Raw<T> raw;
+};
+
+template <typename T>
+Vec<T> where(Mask<T> condition, Vec<T> yes, Vec<T> no) {
+  return Vec<T>(condition.bits ? yes.raw : no.raw);
+}
+
+template <typename To, typename From>
+To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+#ifdef __AVX2__
+inline Vec<float> ceiling(Vec<float> x) { return Vec<float>(_mm256_ceil_ps(x.raw)); }
+inline Vec<double> ceiling(Vec<double> x) { return Vec<double>(_mm256_ceil_pd(x.raw)); }
+inline unsigned to_bits(Mask<float> m) { return _mm256_movemask_ps(bit_cast<__m256>(m.bits)); }
+inline unsigned to_bits(Mask<double> m) { return _mm256_movemask_pd(bit_cast<__m256d>(m.bits)); }
+#else
+// Through an integer, which holds all levels that there are; NaN stays.
+template <typename T>
+Vec<T> ceiling(Vec<T> x) {
+  using Int = Raw<IntOf<T>>;
+  const Vec<T> whole(__builtin_convertvector(__builtin_convertvector(x.raw, Int), Raw<T>));
+  const Vec<T> up = where(whole < x, whole + Vec<T>(1), whole);
+  return where(x == x, up, x);
+}
+inline unsigned to_bits(Mask<float> m) { return _mm_movemask_ps(bit_cast<__m128>(m.bits)); }
+inline unsigned to_bits(Mask<double> m) { return _mm_movemask_pd(bit_cast<__m128d>(m.bits)); }
+#endif
+
+// Lane i is set where bit i is.
+template <typename T>
+Mask<T> from_bits(unsigned bits) {
+  Raw<IntOf<T>> lane;
+  for (int i = 0; i < Vec<T>::size; ++i) lane[i] = IntOf<T>{1} << i;
+  return {(lane & static_cast<IntOf<T>>(bits)) == lane};
+}
+
+// What values of type S are computed with.
+template <typename S>
+using OpMath = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+template <typename To>
+To read(const void* from) {
+  To to;
+  std::memcpy(&to, from, sizeof(to));
+  return to;
+}
+
+// As many values as a vector has, from and to any address.
+inline Vec<float> load(const float* from) { return Vec<float>(read<Raw<float>>(from)); }
+inline Vec<double> load(const double* from) { return Vec<double>(read<Raw<double>>(from)); }
+inline void store(float* to, Vec<float> v) { std::memcpy(to, &v.raw, sizeof(v.raw)); }
+inline void store(double* to, Vec<double> v) { std::memcpy(to, &v.raw, sizeof(v.raw)); }
+
+typedef uint16_t HalfRaw __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t WordRaw __attribute__((vector_size(kVectorBytes)));
+
+// Between halves and words, which are below 2^16. The compiler's own conversions take more instructions.
+#ifdef __AVX2__
+inline WordRaw widened(HalfRaw halves) {
+  return bit_cast<WordRaw>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(halves)));
+}
+inline HalfRaw narrowed(WordRaw words) {
+  const auto packed = _mm256_packus_epi32(bit_cast<__m256i>(words), __m256i{});
+  return bit_cast<HalfRaw>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000)));
+}
+#else
+inline WordRaw widened(HalfRaw halves) { return __builtin_convertvector(halves, WordRaw); }
+inline HalfRaw narrowed(WordRaw words) { return __builtin_convertvector(words, HalfRaw); }
+#endif
+
+inline Vec<float> load(const c10::BFloat16* from) {
+  return Vec<float>(bit_cast<Raw<float>>(widened(read<HalfRaw>(from)) << 16));
+}
+// To the nearest, ties to even, by integers: conversion instructions flush small numbers to zero.
+inline void store(c10::BFloat16* to, Vec<float> v) {
+  const auto words = bit_cast<WordRaw>(v.raw);
+  const auto rounded = (words + (0x7FFF + (words >> 16 & 1))) >> 16;
+  const auto halves = narrowed((v == v).bits ? rounded : 0x7FC0 - WordRaw{});
+  std::memcpy(to, &halves, sizeof(halves));
+}
+
+#ifdef __F16C__
+inline Vec<float> load(const c10::Half* from) { return Vec<float>(_mm256_cvtph_ps(read<__m128i>(from))); }
+inline void store(c10::Half* to, Vec<float> v) {
+  const __m128i halves = _mm256_cvtps_ph(v.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(to, &halves, sizeof(halves));
+}
+#else
+inline Vec<float> load(const c10::Half* from) {
+  Vec<float> v;
+  for (int i = 0; i < Vec<float>::size; ++i) v.raw[i] = static_cast<float>(from[i]);
+  return v;
+}
+inline void store(c10::Half* to, Vec<float> v) {
+  for (int i = 0; i < Vec<float>::size; ++i) to[i] = static_cast<c10::Half>(v.raw[i]);
+}
+#endif
+
+// Whole numbers of 0..255 as bytes.
+inline void store(uint8_t* to, Vec<float> v) {
+  const auto halves = narrowed(__builtin_convertvector(v.raw, WordRaw));
+  using Bytes = uint8_t __attribute__((vector_size(sizeof(halves) / 2)));
+  const auto bytes = __builtin_convertvector(halves, Bytes);
+  std::memcpy(to, &bytes, sizeof(bytes));
+}
+inline void store(uint8_t* to, Vec<double> v) {
+  for (int i = 0; i < Vec<double>::size; ++i) to[i] = static_cast<uint8_t>(v.raw[i]);
+}
+
+// v in float64: one vector, or two.
+inline std::array<Vec<double>, 1> widened(Vec<double> v) { return {v}; }
+#ifdef __AVX2__
+inline std::array<Vec<double>, 2> widened(Vec<float> v) {
+  return {Vec<double>(_mm256_cvtps_pd(_mm256_castps256_ps128(v.raw))),
+          Vec<double>(_mm256_cvtps_pd(_mm256_extractf128_ps(v.raw, 1)))};
+}
+#else
+inline std::array<Vec<double>, 2> widened(Vec<float> v) {
+  return {Vec<double>(_mm_cvtps_pd(v.raw)), Vec<double>(_mm_cvtps_pd(_mm_movehl_ps(v.raw, v.raw)))};
+}
+#endif
+
+// Adds v, lane by lane, to as many sums in float64.
+template <typename T>
+void add_lanes(double* sums, Vec<T> v) {
+  for (const auto part : widened(v)) {
+    store(sums, load(sums) + part);
+    sums += part.size;
+  }
+}
+
+// Eight sums, and their total in a fixed order.
+class LaneSums {
+ public:
+  // To those of the lanes from `lane` on.
+  template <typename T>
+  void add(int lane, Vec<T> v) {
+    int i = lane / Vec<double>::size;
+    for (const auto part : widened(v)) sums_[i] = sums_[i] + part, ++i;
+  }
+  double total() const {
+    const auto s = [&](int lane) { return sums_[lane / Vec<double>::size].raw[lane % Vec<double>::size]; };
+    return ((s(0) + s(1)) + (s(2) + s(3))) + ((s(4) + s(5)) + (s(6) + s(7)));
+  }
+
+ private:
+  Vec<double> sums_[8 / Vec<double>::size] = {};
+};
+
+}  // namespace torchqat::TORCHQAT_ISA

@@ -1,0 +1,47 @@
+#pragma once
+
+#include <cstdint>
+#include <tuple>
+
+#include "torchqat/math/channel_view.h"
+#include "torchqat/math/staircase_backward.h"
+
+// The loops of staircase_relu over raw memory, for one thread: elements [begin, end) of dense tensors in one
+// memory order, where begin is a multiple of eight. S is the dtype, T its op-math type.
+namespace torchqat {
+
+// The step size of each element.
+template <typename T>
+struct StepSizes {
+  const T* alpha;  // one for each channel
+  math::ChannelView view;
+  int64_t bits;
+};
+
+template <typename S, typename T>
+struct StaircaseKernels {
+  // y = the staircase of x, and the packed regions where `words` is not null.
+  void (*forward)(const S* x, S* y, uint16_t* words, const StepSizes<T>& steps, int64_t begin, int64_t end);
+  // The step indices.
+  void (*codes)(const S* x, uint8_t* codes, const StepSizes<T>& steps, int64_t begin, int64_t end);
+  // The gradient in x, and that in each channel's alpha added to alpha_sums; from the packed regions ...
+  void (*backward_from_regions)(const S* grad, const uint16_t* words, S* grad_x, double* alpha_sums,
+                                const math::RegionBackward<T>& slopes, const StepSizes<T>& steps,
+                                int64_t begin, int64_t end);
+  // ... and from x, for each of math::SteCatalogue.
+  using BackwardFromX = void (*)(const S* grad, const S* x, S* grad_x, double* alpha_sums,
+                                 const math::AlphaSlope& slope, const StepSizes<T>& steps, int64_t begin,
+                                 int64_t end);
+  BackwardFromX backward_from_x[std::tuple_size_v<math::SteCatalogue>];
+};
+
+namespace sse2 {
+template <typename S, typename T>
+const StaircaseKernels<S, T>& staircase_kernels();
+}
+namespace avx2 {
+template <typename S, typename T>
+const StaircaseKernels<S, T>& staircase_kernels();
+}
+
+}  // namespace torchqat

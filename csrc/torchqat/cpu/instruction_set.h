@@ -6,13 +6,17 @@
 
 namespace torchqat {
 
-// Whether kernels made for AVX2 are used: where the processor has it, unless ATen is told otherwise by the
-// environment variable ATEN_CPU_CAPABILITY. They are compiled twice (CMakeLists.txt), in namespaces of their
-// own.
-inline bool use_avx2() {
-  static const bool yes =
-      at::get_cpu_capability() == "AVX2" || at::get_cpu_capability().starts_with("AVX512");
-  return yes;
+// Kernels that use vectors are compiled once for each of these (CMakeLists.txt), in namespaces of their own.
+enum class InstructionSet { sse2, avx2, avx512 };
+
+// The best that the processor has, or less where the environment variable ATEN_CPU_CAPABILITY tells ATen so.
+inline InstructionSet instruction_set() {
+  static const InstructionSet best = [] {
+    const std::string capability = at::get_cpu_capability();
+    if (capability == "AVX512") return InstructionSet::avx512;
+    return capability == "AVX2" ? InstructionSet::avx2 : InstructionSet::sse2;
+  }();
+  return best;
 }
 
 }  // namespace torchqat

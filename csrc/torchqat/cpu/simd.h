@@ -14,12 +14,15 @@
 // For a function with loops over vectors: a call in it, however deep, would pass vectors through memory.
 #define TORCHQAT_ALL_INLINE [[gnu::flatten]]
 
-// Vectors of the instruction set that a file is compiled for: SSE2, which every x86-64 processor has, or
-// AVX2. A file that includes this is compiled once for each, with TORCHQAT_ISA as the name of a namespace:
-// whatever is in it must be in that namespace too, or a function made for one could be linked into the other.
+// Vectors of the instruction set that a file is compiled for: SSE2, which every x86-64 processor has, AVX2 or
+// AVX-512. A file that includes this is compiled once for each, with TORCHQAT_ISA as the name of a namespace:
+// whatever is in it must be in that namespace too, or a function made for one could be linked into another.
+// What adds up adds up in the same order for all, so results are the same bit by bit.
 namespace torchqat::TORCHQAT_ISA {
 
-#ifdef __AVX2__
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
@@ -35,14 +38,36 @@ using Raw = typename RawVector<T>::type;
 template <typename T>
 using IntOf = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
 
-// What a comparison gives: for each lane all bits or none.
+// What a comparison gives: a bit for each lane in AVX-512, else all bits of the lane or none.
 template <typename T>
 struct Mask {
-  Raw<IntOf<T>> bits;
+#ifdef __AVX512F__
+  using Bits = std::conditional_t<sizeof(T) == 8, __mmask8, __mmask16>;
+#else
+  using Bits = Raw<IntOf<T>>;
+#endif
+  Bits bits;
 
-  Mask operator&(Mask other) const { return {bits & other.bits}; }
-  Mask operator!() const { return {~bits}; }
+  Mask operator&(Mask other) const { return {static_cast<Bits>(bits & other.bits)}; }
+  Mask operator!() const { return {static_cast<Bits>(~bits)}; }
 };
+
+// A comparison by operator, or by the predicate of an AVX-512 instruction.
+#ifdef __AVX512F__
+template <int predicate>
+Mask<float> compare(Raw<float> a, Raw<float> b) {
+  return {_mm512_cmp_ps_mask(a, b, predicate)};
+}
+template <int predicate>
+Mask<double> compare(Raw<double> a, Raw<double> b) {
+  return {_mm512_cmp_pd_mask(a, b, predicate)};
+}
+#define TORCHQAT_COMPARISON(op, predicate) \
+  Mask<T> operator op(Vec b) const { return compare<predicate>(raw, b.raw); }
+#else
+#define TORCHQAT_COMPARISON(op, predicate) \
+  Mask<T> operator op(Vec b) const { return {raw op b.raw}; }
+#endif
 
 template <typename T>
 struct Vec {
@@ -57,19 +82,15 @@ struct Vec {
   Vec operator*(Vec b) const { return Vec(raw * b.raw); }
   Vec operator/(Vec b) const { return Vec(raw / b.raw); }
   Vec operator-() const { return Vec(-raw); }
-  Mask<T> operator<(Vec b) const { return {raw < b.raw}; }
-  Mask<T> operator>(Vec b) const { return {raw > b.raw}; }
-  Mask<T> operator<=(Vec b) const { return {raw <= b.raw}; }
-  Mask<T> operator>=(Vec b) const { return {raw >= b.raw}; }
-  Mask<T> operator==(Vec b) const { return {raw == b.raw}; }
+  TORCHQAT_COMPARISON(<, _CMP_LT_OS)
+  TORCHQAT_COMPARISON(>, _CMP_GT_OS)
+  TORCHQAT_COMPARISON(<=, _CMP_LE_OS)
+  TORCHQAT_COMPARISON(>=, _CMP_GE_OS)
+  TORCHQAT_COMPARISON(==, _CMP_EQ_OQ)
 
   Raw<T> raw;
 };
-
-template <typename T>
-Vec<T> where(Mask<T> condition, Vec<T> yes, Vec<T> no) {
-  return Vec<T>(condition.bits ? yes.raw : no.raw);
-}
+#undef TORCHQAT_COMPARISON
 
 template <typename To, typename From>
 To bit_cast(From from) {
@@ -79,7 +100,37 @@ To bit_cast(From from) {
   return to;
 }
 
-#ifdef __AVX2__
+#if defined(__AVX512F__)
+constexpr int kUp = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
+inline Vec<float> ceiling(Vec<float> x) { return Vec<float>(_mm512_roundscale_ps(x.raw, kUp)); }
+inline Vec<double> ceiling(Vec<double> x) { return Vec<double>(_mm512_roundscale_pd(x.raw, kUp)); }
+inline Vec<float> where(Mask<float> condition, Vec<float> yes, Vec<float> no) {
+  return Vec<float>(_mm512_mask_blend_ps(condition.bits, no.raw, yes.raw));
+}
+inline Vec<double> where(Mask<double> condition, Vec<double> yes, Vec<double> no) {
+  return Vec<double>(_mm512_mask_blend_pd(condition.bits, no.raw, yes.raw));
+}
+template <typename T>
+unsigned to_bits(Mask<T> m) {
+  return m.bits;
+}
+template <typename T>
+Mask<T> from_bits(unsigned bits) {
+  return {static_cast<typename Mask<T>::Bits>(bits)};
+}
+#else
+template <typename T>
+Vec<T> where(Mask<T> condition, Vec<T> yes, Vec<T> no) {
+  return Vec<T>(condition.bits ? yes.raw : no.raw);
+}
+// Lane i is set where bit i is.
+template <typename T>
+Mask<T> from_bits(unsigned bits) {
+  Raw<IntOf<T>> lane;
+  for (int i = 0; i < Vec<T>::size; ++i) lane[i] = IntOf<T>{1} << i;
+  return {(lane & static_cast<IntOf<T>>(bits)) == lane};
+}
+#if defined(__AVX2__)
 inline Vec<float> ceiling(Vec<float> x) { return Vec<float>(_mm256_ceil_ps(x.raw)); }
 inline Vec<double> ceiling(Vec<double> x) { return Vec<double>(_mm256_ceil_pd(x.raw)); }
 inline unsigned to_bits(Mask<float> m) { return _mm256_movemask_ps(bit_cast<__m256>(m.bits)); }
@@ -96,14 +147,7 @@ Vec<T> ceiling(Vec<T> x) {
 inline unsigned to_bits(Mask<float> m) { return _mm_movemask_ps(bit_cast<__m128>(m.bits)); }
 inline unsigned to_bits(Mask<double> m) { return _mm_movemask_pd(bit_cast<__m128d>(m.bits)); }
 #endif
-
-// Lane i is set where bit i is.
-template <typename T>
-Mask<T> from_bits(unsigned bits) {
-  Raw<IntOf<T>> lane;
-  for (int i = 0; i < Vec<T>::size; ++i) lane[i] = IntOf<T>{1} << i;
-  return {(lane & static_cast<IntOf<T>>(bits)) == lane};
-}
+#endif
 
 // What values of type S are computed with.
 template <typename S>
@@ -126,7 +170,14 @@ typedef uint16_t HalfRaw __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t WordRaw __attribute__((vector_size(kVectorBytes)));
 
 // Between halves and words, which are below 2^16. The compiler's own conversions take more instructions.
-#ifdef __AVX2__
+#if defined(__AVX512F__)
+inline WordRaw widened(HalfRaw halves) {
+  return bit_cast<WordRaw>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(halves)));
+}
+inline HalfRaw narrowed(WordRaw words) {
+  return bit_cast<HalfRaw>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(words)));
+}
+#elif defined(__AVX2__)
 inline WordRaw widened(HalfRaw halves) {
   return bit_cast<WordRaw>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(halves)));
 }
@@ -146,11 +197,17 @@ inline Vec<float> load(const c10::BFloat16* from) {
 inline void store(c10::BFloat16* to, Vec<float> v) {
   const auto words = bit_cast<WordRaw>(v.raw);
   const auto rounded = (words + (0x7FFF + (words >> 16 & 1))) >> 16;
-  const auto halves = narrowed((v == v).bits ? rounded : 0x7FC0 - WordRaw{});
+  const auto halves = narrowed(v.raw == v.raw ? rounded : 0x7FC0 - WordRaw{});
   std::memcpy(to, &halves, sizeof(halves));
 }
 
-#ifdef __F16C__
+#if defined(__AVX512F__)
+inline Vec<float> load(const c10::Half* from) { return Vec<float>(_mm512_cvtph_ps(read<__m256i>(from))); }
+inline void store(c10::Half* to, Vec<float> v) {
+  const __m256i halves = _mm512_cvtps_ph(v.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(to, &halves, sizeof(halves));
+}
+#elif defined(__F16C__)
 inline Vec<float> load(const c10::Half* from) { return Vec<float>(_mm256_cvtph_ps(read<__m128i>(from))); }
 inline void store(c10::Half* to, Vec<float> v) {
   const __m128i halves = _mm256_cvtps_ph(v.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -168,19 +225,31 @@ inline void store(c10::Half* to, Vec<float> v) {
 #endif
 
 // Whole numbers of 0..255 as bytes.
+#ifdef __AVX512F__
+inline void store(uint8_t* to, Vec<float> v) {
+  const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(v.raw));
+  std::memcpy(to, &bytes, sizeof(bytes));
+}
+#else
 inline void store(uint8_t* to, Vec<float> v) {
   const auto halves = narrowed(__builtin_convertvector(v.raw, WordRaw));
   using Bytes = uint8_t __attribute__((vector_size(sizeof(halves) / 2)));
   const auto bytes = __builtin_convertvector(halves, Bytes);
   std::memcpy(to, &bytes, sizeof(bytes));
 }
+#endif
 inline void store(uint8_t* to, Vec<double> v) {
   for (int i = 0; i < Vec<double>::size; ++i) to[i] = static_cast<uint8_t>(v.raw[i]);
 }
 
 // v in float64: one vector, or two.
 inline std::array<Vec<double>, 1> widened(Vec<double> v) { return {v}; }
-#ifdef __AVX2__
+#if defined(__AVX512F__)
+inline std::array<Vec<double>, 2> widened(Vec<float> v) {
+  return {Vec<double>(_mm512_cvtps_pd(_mm512_castps512_ps256(v.raw))),
+          Vec<double>(_mm512_cvtps_pd(_mm512_extractf32x8_ps(v.raw, 1)))};
+}
+#elif defined(__AVX2__)
 inline std::array<Vec<double>, 2> widened(Vec<float> v) {
   return {Vec<double>(_mm256_cvtps_pd(_mm256_castps256_ps128(v.raw))),
           Vec<double>(_mm256_cvtps_pd(_mm256_extractf128_ps(v.raw, 1)))};
@@ -200,14 +269,17 @@ void add_lanes(double* sums, Vec<T> v) {
   }
 }
 
-// Eight sums, and their total in a fixed order.
+// Eight sums, of what is added to each eighth lane, and their total in a fixed order.
 class LaneSums {
  public:
   // To those of the lanes from `lane` on.
   template <typename T>
   void add(int lane, Vec<T> v) {
-    int i = lane / Vec<double>::size;
-    for (const auto part : widened(v)) sums_[i] = sums_[i] + part, ++i;
+    for (const auto part : widened(v)) {
+      auto& sum = sums_[lane % 8 / Vec<double>::size];
+      sum = sum + part;
+      lane += part.size;
+    }
   }
   double total() const {
     const auto s = [&](int lane) { return sums_[lane / Vec<double>::size].raw[lane % Vec<double>::size]; };

@@ -10,7 +10,26 @@
 namespace torchqat::TORCHQAT_ISA {
 namespace {
 
-constexpr int kGroup = math::kRegionsPerWord;
+// Elements that are taken together: a vector of floats, and whole words of regions.
+constexpr int kGroup = std::max(Vec<float>::size, math::kRegionsPerWord);
+
+// The two bits of the regions of a group.
+struct GroupRegions {
+  unsigned low = 0;
+  unsigned high = 0;
+
+  // From and to the words of `count` elements.
+  static GroupRegions read(const uint16_t* words, int64_t count) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, words, math::region_words(count) * sizeof(uint16_t));
+    const auto even_bytes = [](uint32_t b) { return (b & 0xFFu) | (b >> 8u & 0xFF00u); };
+    return {even_bytes(bits), even_bytes(bits >> 8u)};
+  }
+  void write(uint16_t* words, int64_t count) const {
+    const __m128i bytes = _mm_unpacklo_epi8(_mm_cvtsi32_si128(low), _mm_cvtsi32_si128(high));
+    std::memcpy(words, &bytes, math::region_words(count) * sizeof(uint16_t));
+  }
+};
 
 // The staircases of a piece of memory, by the place in it, and what the piece adds to the sums of channels.
 // A piece that lies in one channel, ...
@@ -45,9 +64,9 @@ struct ChannelRow {
   };
 };
 
-// ... and eight elements of any channels.
+// ... and a group of any channels.
 template <typename T>
-struct EightLanes {
+struct MixedLanes {
   T alpha[kGroup];
   int64_t channel[kGroup];
   int64_t bits;
@@ -56,8 +75,8 @@ struct EightLanes {
 
   struct Sums {
     double lanes[kGroup] = {};
-    void add(const EightLanes&, int64_t, int lane, Vec<T> v, double*) { add_lanes(lanes + lane, v); }
-    void finish(const EightLanes& piece, double* sums) const {
+    void add(const MixedLanes&, int64_t, int lane, Vec<T> v, double*) { add_lanes(lanes + lane, v); }
+    void finish(const MixedLanes& piece, double* sums) const {
       for (int i = 0; i < kGroup; ++i) sums[piece.channel[i]] += lanes[i];
     }
   };
@@ -99,7 +118,7 @@ void for_each_piece(const StepSizes<T>& steps, int64_t begin, int64_t end, F&& f
       f(first, next, one_channel(walk.channel));
       walk.pass(whole);
     } else {
-      EightLanes<T> lanes{{}, {}, steps.bits};
+      MixedLanes<T> lanes{{}, {}, steps.bits};
       for (int i = 0; i < kGroup; ++i) {
         lanes.channel[i] = walk.channel;
         lanes.alpha[i] = steps.alpha[walk.channel];
@@ -111,7 +130,7 @@ void for_each_piece(const StepSizes<T>& steps, int64_t begin, int64_t end, F&& f
   }
 }
 
-// Eight elements; those past `count` are 0.
+// A group; what is past `count` is 0.
 template <typename S>
 struct Padded {
   S values[kGroup] = {};
@@ -120,21 +139,19 @@ struct Padded {
   operator const S*() const { return values; }
 };
 
-// The word of regions.
 template <typename S, typename Piece>
-unsigned forward_group(const S* x, S* y, const Piece& piece, int64_t place) {
+GroupRegions forward_group(const S* x, S* y, const Piece& piece, int64_t place) {
   using V = Vec<OpMath<S>>;
-  unsigned low = 0;
-  unsigned high = 0;
+  GroupRegions regions;
   for (int lane = 0; lane < kGroup; lane += V::size) {
     const V v = load(x + lane);
     const auto& stair = piece.at(place + lane);
     store(y + lane, stair(v));
     const auto bits = stair.region_bits(v);
-    low |= to_bits(bits.low) << lane;
-    high |= to_bits(bits.high) << lane;
+    regions.low |= to_bits(bits.low) << lane;
+    regions.high |= to_bits(bits.high) << lane;
   }
-  return low | high << kGroup;
+  return regions;
 }
 
 template <typename S, typename T>
@@ -143,17 +160,19 @@ TORCHQAT_ALL_INLINE void forward(const S* x, S* y, uint16_t* words, const StepSi
   for_each_piece(steps, begin, end, [=](int64_t first, int64_t last, const auto& piece) {
     int64_t i = first;
     if (words != nullptr) {
-      for (; i + kGroup <= last; i += kGroup)
-        words[i / kGroup] = forward_group<S>(x + i, y + i, piece, i - first);
+      for (; i + kGroup <= last; i += kGroup) {
+        const auto regions = forward_group<S>(x + i, y + i, piece, i - first);
+        regions.write(words + i / math::kRegionsPerWord, kGroup);
+      }
     } else {
       for (; i + kGroup <= last; i += kGroup) forward_group<S>(x + i, y + i, piece, i - first);
     }
     if (i == last) return;
     const Padded<S> in(x + i, last - i);
     S out[kGroup];
-    const unsigned word = forward_group<S>(in, out, piece, i - first);
+    const auto regions = forward_group<S>(in, out, piece, i - first);
     std::copy_n(out, last - i, y + i);
-    if (words != nullptr) words[i / kGroup] = word;
+    if (words != nullptr) regions.write(words + i / math::kRegionsPerWord, last - i);
   });
 }
 
@@ -182,11 +201,13 @@ struct FromRegions {
   const uint16_t* words;
   math::RegionBackward<Vec<T>> slopes;
 
-  unsigned group(int64_t i) const { return words[i / kGroup]; }
-  unsigned last_group(int64_t i, int64_t) const { return group(i); }
-  auto operator()(Vec<T> grad, unsigned word, int lane, const math::Staircase<Vec<T>>&) const {
-    return slopes(
-        grad, math::RegionBits<Mask<T>>{from_bits<T>(word >> lane), from_bits<T>(word >> (kGroup + lane))});
+  GroupRegions group(int64_t i) const { return last_group(i, kGroup); }
+  GroupRegions last_group(int64_t i, int64_t count) const {
+    return GroupRegions::read(words + i / math::kRegionsPerWord, count);
+  }
+  auto operator()(Vec<T> grad, GroupRegions group, int lane, const math::Staircase<Vec<T>>&) const {
+    const math::RegionBits<Mask<T>> bits{from_bits<T>(group.low >> lane), from_bits<T>(group.high >> lane)};
+    return slopes(grad, bits);
   }
 };
 

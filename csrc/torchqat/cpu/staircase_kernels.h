@@ -43,5 +43,9 @@ namespace avx2 {
 template <typename S, typename T>
 const StaircaseKernels<S, T>& staircase_kernels();
 }
+namespace avx512 {
+template <typename S, typename T>
+const StaircaseKernels<S, T>& staircase_kernels();
+}
 
 }  // namespace torchqat

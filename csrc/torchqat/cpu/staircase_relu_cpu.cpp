@@ -19,8 +19,14 @@ namespace {
 template <typename S>
 const auto& kernels() {
   using T = at::opmath_type<S>;
-  static const auto& chosen = use_avx2() ? avx2::staircase_kernels<S, T>() : sse2::staircase_kernels<S, T>();
-  return chosen;
+  switch (instruction_set()) {
+    case InstructionSet::avx512:
+      return avx512::staircase_kernels<S, T>();
+    case InstructionSet::avx2:
+      return avx2::staircase_kernels<S, T>();
+    default:
+      return sse2::staircase_kernels<S, T>();
+  }
 }
 
 // Elements that one thread takes at a time, a multiple of the eight that share a word of regions.

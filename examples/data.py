@@ -104,7 +104,7 @@ def _from_idx_files(folder: Path, suffix: str) -> Data:
         raise DataError(f"{folder} has no {', '.join(missing)}; it holds {_holds(folder)}")
     parts = [_read_idx(path) for path in paths]
     for images, labels in (parts[:2], parts[2:]):
-        if images.shape != (len(labels), 28, 28) or not len(labels) or labels.max() > 9:
+        if images.shape != (len(labels), 28, 28) or labels.max() > 9:
             raise DataError(f"the files in {folder} do not hold images of 28 x 28 pixels in 10 classes")
     images, labels, test_images, test_labels = parts
     return Data(images.unsqueeze(1), labels.long(), test_images.unsqueeze(1), test_labels.long())
@@ -120,9 +120,10 @@ def _read_idx(path: Path) -> Tensor:
     dimensions = 3 if "images" in path.name else 1
     start = 4 + 4 * dimensions
     sizes = [int.from_bytes(content[i : i + 4]) for i in range(4, start, 4)]
-    if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) != start + math.prod(sizes):
+    fits = len(content) == start + math.prod(sizes) > start
+    if not fits or content[:4] != bytes((0, 0, 8, dimensions)):
         raise DataError(f"{path} is damaged or not of MNIST's format")
-    return torch.tensor(content[start:], dtype=torch.uint8).view(sizes)
+    return torch.frombuffer(content, dtype=torch.uint8, offset=start).view(sizes)
 
 
 def _from_cifar10(root: Path, folder: Path) -> Data:

@@ -114,7 +114,7 @@ def _read(path: Path) -> tuple[dict[str, dict], io.BytesIO]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise PackingError(f"{path}: its header is wrong") from None
     if wanted != len(body):
-        raise PackingError(f"{path} has {len(body)} bytes of tensors where its header wants {wanted}")
+        raise PackingError(f"{path}: its header does not fit the {len(body)} bytes of tensors")
     return entries, io.BytesIO(body)
 
 

@@ -82,9 +82,8 @@ def weights(path: Path, model: nn.Module, optimizer: BCGD) -> None:
         if channel_dim is not None:
             scale = scale.view([-1 if d == channel_dim else 1 for d in range(parameter.dim())])
         latents = (state["latent"] / scale).flatten().cpu()
-        codes = (
-            QF.weight_codes(parameter.detach(), state["scale"], bits, channel_dim=channel_dim).flatten().cpu()
-        )
+        codes = QF.weight_codes(parameter.detach(), state["scale"], bits, channel_dim=channel_dim)
+        codes = codes.flatten().cpu()
         top = max(2 ** (bits - 1) - 1, 1)
         levels = [level for level in range(-top, top + 1) if bits > 1 or level]
         shares = [(codes == level).double().mean().item() for level in levels]

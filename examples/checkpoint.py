@@ -1,20 +1,38 @@
 """Checkpoints that survive being interrupted, and are refused when they do not fit."""
 
 import contextlib
+import fcntl
+import io
 import os
-import pickle
-import signal
-import sys
+import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-FORMAT = "torchqat train_classifier 1"
+FORMAT = "torchqat train_classifier 2"
 
 
 class CheckpointError(Exception):
     """The checkpoint cannot be used; the message says why."""
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Makes a folder, sees that it can be written to, and keeps other runs out of it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            lock = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"another run is writing to {folder}") from None
+        except OSError as error:
+            raise CheckpointError(f"cannot write to --out {folder}: {error.strerror}") from None
+        yield
 
 
 @contextlib.contextmanager
@@ -32,20 +50,26 @@ def save(path: Path, settings: dict, seed: int, **state) -> None:
     """Writes a checkpoint, with the state of the random generators."""
     random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
     content = {"format": FORMAT, "settings": settings, "seed": seed, "random": random, **state}
-    with written_whole(path) as temporary:
-        torch.save(content, temporary)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with written_whole(path) as temporary:  # where the disk is full this says so; torch.save would not
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load(path: Path, settings: dict, seed: int) -> dict:
     """Reads a checkpoint of the same settings. Never runs code from the file (weights_only)."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.load does not look at the checksums, and reads nothing from what is marked as a folder.
+            if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
+                raise zipfile.BadZipFile
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError):
+    except Exception:  # a damaged or foreign file can raise anything
         raise CheckpointError(f"{path} is damaged or not a checkpoint") from None
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of this program")
+        raise CheckpointError(f"{path} is not a checkpoint of this version of the program")
     settings = {**settings, "seed": seed}
     other = {**saved["settings"], "seed": saved["seed"]}
     differ = [
@@ -57,37 +81,12 @@ def load(path: Path, settings: dict, seed: int) -> dict:
 
 
 def restore(saved: dict, *objects) -> None:
-    """Puts back the states of model, optimiser and scheduler, and of the random generators."""
+    """Puts back the states of model, optimizer and scheduler, and of the random generators."""
     try:
         for thing, state in zip(objects, saved["states"], strict=True):
             thing.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError):
-        raise CheckpointError("the checkpoint is of another network or optimiser") from None
+        raise CheckpointError("the checkpoint is of another network or optimizer") from None
     torch.set_rng_state(saved["random"]["cpu"])
     if saved["random"]["cuda"]:
         torch.cuda.set_rng_state_all(saved["random"]["cuda"])
-
-
-class Stopped(BaseException):
-    """Ctrl-C, or a request to terminate."""
-
-    def __init__(self, number: int):
-        super().__init__()
-        self.exit_code = 128 + number
-
-
-def stop_on_signals() -> None:
-    """Turns SIGINT and SIGTERM into Stopped; a second one ends the process at once."""
-
-    def stop(number, _frame):
-        signal.signal(number, signal.SIG_DFL)
-        raise Stopped(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-
-
-def fail(message: str) -> None:
-    """One line and exit code 2."""
-    print(f"train_classifier: error: {message}", file=sys.stderr)
-    raise SystemExit(2)

@@ -1,8 +1,8 @@
 """The data sets of the examples, as uint8 tensors; downloaded only where the files are not there."""
 
 import gzip
+import math
 import os
-import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -17,6 +17,8 @@ DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10")
 IDX_FILES = tuple(
     f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 )
+# Where torchvision keeps them.
+FOLDERS = {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw", "cifar10": "cifar-10-batches-py"}
 
 
 class DataError(Exception):
@@ -44,16 +46,16 @@ class Data:
         parts = (self.images, self.labels, self.test_images, self.test_labels)
         return Data(*(part[:n] for part in parts), self.shift, self.mirror)
 
-    def normalised(self, images: Tensor, device: torch.device) -> Tensor:
+    def normalized(self, images: Tensor, device: torch.device) -> Tensor:
         return ((images.float() - self.mean) / self.std).to(device)
 
     def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch in random order, in batches of nearly equal size."""
-        # Batch normalisation cannot train on one image: rather than that, batches of two take in a third.
+        # Batch normalization cannot train on one image: rather than that, batches of two take in a third.
         count = min(-(-len(self.labels) // batch_size), len(self.labels) // 2)
         for index in torch.randperm(len(self.labels)).tensor_split(count):
             images = _moved(self.images[index], self.shift, self.mirror)
-            yield self.normalised(images, device), self.labels[index].to(device)
+            yield self.normalized(images, device), self.labels[index].to(device)
 
 
 def load(name: str, data_dir: str | None) -> Data:
@@ -70,16 +72,16 @@ def load(name: str, data_dir: str | None) -> Data:
     root = Path(given or data_dir or "data")
     if given and not root.is_dir():
         raise DataError(f"TORCHQAT_DATA names a folder that is not there: {root}")
-    flat = root / name
-    if name != "cifar10" and flat.is_dir():
-        return _from_idx_files(name, flat)
-    try:
-        return _from_torchvision(name, root, download=not given)
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+    if root.exists() and not root.is_dir():
+        raise DataError(f"{root} is not a folder")
+    folder = root / FOLDERS[name]
+    if name != "cifar10" and (root / name).is_dir():
+        return _from_idx_files(root / name, ".gz")
+    if _holds(folder) == "nothing":
         if given:
-            raise DataError(f"TORCHQAT_DATA names {root}, but {name} is not there (see --data-dir)") from None
-        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
-        raise DataError(f"{name} is not in {root} and cannot be downloaded: {reason}") from None
+            raise DataError(f"TORCHQAT_DATA names {root}, which has no {_what_is_missing(name, root)}")
+        _download(name, root, folder)
+    return _from_cifar10(root, folder) if name == "cifar10" else _from_idx_files(folder, "")
 
 
 def _digits() -> Data:
@@ -95,42 +97,84 @@ def _digits() -> Data:
     return Data(images, labels, test_images, test_labels)
 
 
-def _from_idx_files(name: str, folder: Path) -> Data:
-    """Unpacks the .gz files into a temporary folder laid out as torchvision's loader wants it."""
-    missing = [f"{file}.gz" for file in IDX_FILES if not (folder / f"{file}.gz").is_file()]
+def _from_idx_files(folder: Path, suffix: str) -> Data:
+    paths = [folder / f"{file}{suffix}" for file in IDX_FILES]
+    missing = [path.name for path in paths if not path.is_file()]
     if missing:
-        raise DataError(f"the folder {folder} has no {', '.join(missing)}")
-    with tempfile.TemporaryDirectory() as root:
-        raw = Path(root) / _loader(name).__name__ / "raw"
-        raw.mkdir(parents=True)
-        for file in IDX_FILES:
-            try:
-                with gzip.open(folder / f"{file}.gz") as packed, open(raw / file, "wb") as unpacked:
-                    shutil.copyfileobj(packed, unpacked)
-            except (OSError, EOFError, zlib.error) as error:
-                raise DataError(f"cannot read {folder / file}.gz: {error}") from None
-        try:
-            return _from_torchvision(name, Path(root), download=False)
-        except (RuntimeError, ValueError, AssertionError, KeyError, IndexError):
-            raise DataError(f"the files in {folder} do not hold {name}") from None
+        raise DataError(f"{folder} has no {', '.join(missing)}; it holds {_holds(folder)}")
+    parts = [_read_idx(path) for path in paths]
+    for images, labels in (parts[:2], parts[2:]):
+        if images.shape != (len(labels), 28, 28) or labels.max() > 9:
+            raise DataError(f"the files in {folder} do not hold images of 28 x 28 pixels in 10 classes")
+    images, labels, test_images, test_labels = parts
+    return Data(images.unsqueeze(1), labels.long(), test_images.unsqueeze(1), test_labels.long())
 
 
-def _from_torchvision(name: str, root: Path, download: bool) -> Data:
-    train, test = (_loader(name)(root, train=part, download=download) for part in (True, False))
-    images, test_images = (torch.as_tensor(part.data) for part in (train, test))
-    labels, test_labels = (torch.as_tensor(part.targets) for part in (train, test))
-    if name == "cifar10":
-        images, test_images = (t.permute(0, 3, 1, 2).contiguous() for t in (images, test_images))
-        return Data(images, labels, test_images, test_labels, shift=4, mirror=True)
-    return Data(images.unsqueeze(1), labels, test_images.unsqueeze(1), test_labels)
+def _read_idx(path: Path) -> Tensor:
+    """The bytes in a file of the idx format: 0, 0, 8, the number of dimensions, their sizes, the values."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            content = bytearray(file.read())
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    dimensions = 3 if "images" in path.name else 1
+    start = 4 + 4 * dimensions
+    sizes = [int.from_bytes(content[i : i + 4]) for i in range(4, start, 4)]
+    fits = len(content) == start + math.prod(sizes) > start
+    if not fits or content[:4] != bytes((0, 0, 8, dimensions)):
+        raise DataError(f"{path} is damaged or not of MNIST's format")
+    return torch.frombuffer(content, dtype=torch.uint8, offset=start).view(sizes)
 
 
-def _loader(name: str):
+def _from_cifar10(root: Path, folder: Path) -> Data:
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
+
+    files = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
+    bad = [file for file, checksum in files if not check_integrity(folder / file, checksum)]
+    if bad:
+        raise DataError(f"missing or damaged in {folder}: {', '.join(bad)}; it holds {_holds(folder)}")
+    train, test = (CIFAR10(root, train=part) for part in (True, False))
+    images, test_images = (
+        torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)
+    )
+    return Data(
+        images, torch.tensor(train.targets), test_images, torch.tensor(test.targets), shift=4, mirror=True
+    )
+
+
+def _download(name: str, root: Path, folder: Path) -> None:
+    """Downloads to beside `folder` and moves what is whole there: a failure leaves nothing behind."""
     from torchvision import datasets
 
-    return {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[
+    loader = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[
         name
     ]
+    beside = next(place for place in (root, *root.absolute().parents) if place.is_dir())
+    try:
+        with tempfile.TemporaryDirectory(dir=beside) as temporary:
+            loader(temporary, download=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(Path(temporary) / FOLDERS[name], folder)
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
+        raise DataError(
+            f"{root} has no {_what_is_missing(name, root)}, and it cannot be downloaded: {reason}"
+        ) from None
+
+
+def _what_is_missing(name: str, root: Path) -> str:
+    files = f"{name}/{{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte.gz"
+    if name == "cifar10":
+        files = "cifar-10-batches-py/{data_batch_1,...,data_batch_5,test_batch,batches.meta}"
+    found = f"holds {_holds(root)}" if root.is_dir() else "is not there"
+    return f"{name}: looked for {files} ({root} {found})"
+
+
+def _holds(folder: Path) -> str:
+    """What there is in a folder, for messages."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "nothing"
 
 
 def _moved(images: Tensor, shift: int, mirror: bool) -> Tensor:

@@ -1,6 +1,6 @@
-"""The networks of the examples: float, with batch normalisation, for square images of any size from 8 x 8.
+"""The networks of the examples: float, with batch normalization, for square images of any size from 8 x 8.
 
-Nothing in them knows of quantisation: torchqat.prepare and the optimiser see to that.
+Nothing in them knows of quantization: torchqat.prepare and the optimizer see to that.
 """
 
 import torch

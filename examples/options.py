@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import data
+import ending
 import models
 import torch
 import torchqat
@@ -21,10 +22,22 @@ RECIPES = {
 NOT_SETTINGS = ("out", "resume", "overwrite", "seeds", "data_dir", "no_plots", "threads", "device")
 # What SGD and Adam would ignore.
 BCGD_ONLY = ("blend", "method", "weight_bits", "per_channel", "keep_first_last_float")
+# What a run that trains no float network would ignore.
+FLOAT_ONLY = ("float_epochs", "float_lr")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
+    """Names the default of every option but those that are off unless given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is False else super()._get_help_string(action)
 
 
 def number(kind: type, low: float, high: float = float("inf")):
@@ -43,9 +56,9 @@ def number(kind: type, low: float, high: float = float("inf")):
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
+    parser = _Parser(usage="%(prog)s [options]", description=description, formatter_class=_Help)
     _add_task(parser.add_argument_group("task"))
-    _add_quantisation(parser.add_argument_group("quantisation"))
+    _add_quantization(parser.add_argument_group("quantization"))
     _add_training(parser.add_argument_group("training"))
     _add_run(parser.add_argument_group("run"))
     # A value that is there already keeps argparse from the default: what stays None was not given.
@@ -53,6 +66,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     given = [key for key in BCGD_ONLY if getattr(args, key) is not None]
     for key in set(BCGD_ONLY) - set(given):
         setattr(args, key, parser.get_default(key))
+    given += [key for key in FLOAT_ONLY if hasattr(args, key)]
     for key, value in RECIPES[args.dataset].items():
         if not hasattr(args, key):
             setattr(args, key, value)
@@ -61,16 +75,21 @@ def parse_arguments(description: str) -> argparse.Namespace:
     )
     problem = _misfit(args, given) or _problem(args)
     if problem:
-        parser.exit(2, f"{parser.prog}: error: {problem}\n")
+        ending.fail(problem)
     args.settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
     return args
 
 
 def _misfit(args: argparse.Namespace, given: list[str]) -> str | None:
-    """Which options do not go together; `given` are those of BCGD_ONLY on the command line."""
-    if args.optimizer != "bcgd" and given:
-        names = ", ".join("--" + key.replace("_", "-") for key in given)
-        return f"--optimizer {args.optimizer} leaves the weights float and takes no {names}"
+    """Which options do not go together; `given` are those of BCGD_ONLY and FLOAT_ONLY on the command line."""
+
+    def names(keys: tuple[str, ...]) -> str:
+        return ", ".join("--" + key.replace("_", "-") for key in given if key in keys)
+
+    if args.optimizer != "bcgd" and names(BCGD_ONLY):
+        return f"--optimizer {args.optimizer} leaves the weights float and takes no {names(BCGD_ONLY)}"
+    if args.float_weights and names(FLOAT_ONLY):
+        return f"--float-weights trains no float network and takes no {names(FLOAT_ONLY)}"
     if args.method == "twn" and args.weight_bits != 2:
         return f"--method twn is for --weight-bits 2, not {args.weight_bits}"
     return None
@@ -82,12 +101,22 @@ def _problem(args: argparse.Namespace) -> str | None:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         return f"--device {args.device}: {str(error).splitlines()[0]}"
-    if torch.device(args.device).type == "cuda" and not torchqat.build_info()["cuda"]:
+    device = torch.device(args.device).type
+    if device not in ("cpu", "cuda"):
+        return f"--device {args.device}: cpu and cuda are supported"
+    if device == "cuda" and not torchqat.build_info()["cuda"]:
         return f"--device {args.device}: this torchqat was built without CUDA kernels"
-    if args.out.exists() and not args.out.is_dir():
-        return f"--out {args.out} is not a folder"
     if len(set(args.seeds)) < len(args.seeds):
         return "--seeds names a seed twice"
+    try:
+        return _problem_of_folder(args)
+    except OSError as error:
+        return f"--out {args.out}: {error.strerror}"
+
+
+def _problem_of_folder(args: argparse.Namespace) -> str | None:
+    if args.out.exists() and not args.out.is_dir():
+        return f"--out {args.out} is not a folder"
     if args.resume and not any(args.out.glob("seed-*/checkpoint.pt")):
         return f"--resume: there is no checkpoint in {args.out}"
     for seed in [] if args.resume or args.overwrite else args.seeds:
@@ -106,7 +135,7 @@ def _add_task(group) -> None:
     group.add_argument("--model", choices=models.MODELS, default="lenet5", help="the network")
 
 
-def _add_quantisation(group) -> None:
+def _add_quantization(group) -> None:
     group.add_argument("--weight-bits", type=number(int, 1, 8), default=1, help="2 is ternary; bcgd only")
     group.add_argument("--act-bits", type=number(int, 1, 8), default=2, help="bits of the activations")
     group.add_argument(
@@ -126,7 +155,7 @@ def _add_quantisation(group) -> None:
         "--per-channel", action="store_true", help="one weight scale per output channel; bcgd only"
     )
     group.add_argument(
-        "--keep-first-last-float", action="store_true", help="do not quantise these weights; bcgd only"
+        "--keep-first-last-float", action="store_true", help="do not quantize these weights; bcgd only"
     )
 
 
@@ -135,7 +164,7 @@ def _add_training(group) -> None:
         "--optimizer",
         choices=("bcgd", "sgd", "adam"),
         default="bcgd",
-        help="of the quantised network; sgd and adam leave its weights float",
+        help="of the quantized network; sgd and adam leave its weights float",
     )
     group.add_argument(
         "--blend", type=number(float, 0, 1), default=1e-5, help="BCGD's rho; 0 is BinaryConnect; bcgd only"
@@ -143,31 +172,32 @@ def _add_training(group) -> None:
     group.add_argument(
         "--momentum", type=number(float, 0, 1), default=0.9, help="of the float training, and of bcgd and sgd"
     )
-    group.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of both trainings")
+    group.add_argument("--weight-decay", type=number(float, 0, 1e30), default=1e-4, help="of both trainings")
     group.add_argument(
         "--float-weights",
         metavar="FILE",
         default=argparse.SUPPRESS,
         help="a float.tqat to start from instead of training one",
     )
-    for option, kind, low, what in (
-        ("--float-epochs", int, 0, "epochs of the float network"),
-        ("--epochs", int, 0, "epochs of the quantised network"),
-        ("--batch-size", int, 2, "images per step"),
-        ("--float-lr", float, 0, "learning rate of the float network, to 0 by cosine, epoch by epoch"),
-        ("--lr", float, 0, "learning rate of the quantised network, to 0 by cosine, epoch by epoch"),
+    count, rate = number(int, 0), number(float, 0, 1e30)
+    for option, kind, what in (
+        ("--float-epochs", count, "epochs of the float network"),
+        ("--epochs", count, "epochs of the quantized network"),
+        ("--batch-size", number(int, 2), "images per step"),
+        ("--float-lr", rate, "learning rate of the float network, to 0 by cosine, epoch by epoch"),
+        ("--lr", rate, "learning rate of the quantized network, to 0 by cosine, epoch by epoch"),
     ):
         key = option.strip("-").replace("-", "_")
         defaults = ", ".join(f"{name} {recipe[key]}" for name, recipe in RECIPES.items())
-        group.add_argument(
-            option, type=number(kind, low), default=argparse.SUPPRESS, help=f"{what} ({defaults})"
-        )
+        group.add_argument(option, type=kind, default=argparse.SUPPRESS, help=f"{what} ({defaults})")
 
 
 def _add_run(group) -> None:
-    group.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0], help="one run for each")
     group.add_argument(
-        "--threads", type=number(int, 1), default=len(os.sched_getaffinity(0)), help="threads of torch"
+        "--seeds", type=number(int, 0, 2**63 - 1), nargs="+", default=[0], help="one run for each"
+    )
+    group.add_argument(
+        "--threads", type=number(int, 1, 1024), default=len(os.sched_getaffinity(0)), help="threads of torch"
     )
     group.add_argument("--device", default="cpu", help="cpu or cuda")
     group.add_argument("--out", type=Path, default=Path("runs/classifier"), help="folder of all results")

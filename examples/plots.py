@@ -14,7 +14,7 @@ from torchqat import functional as QF
 from torchqat.nn import StaircaseReLU
 from torchqat.optim import BCGD
 
-FLOAT, QUANTISED, MARK, GREY = "#4c72b0", "#c44e52", "#222222", "#b8bcc4"
+FLOAT, QUANTIZED, MARK, GRAY = "#4c72b0", "#c44e52", "#222222", "#b8bcc4"
 STYLE = {
     "figure.dpi": 150,
     "font.size": 9,
@@ -42,7 +42,7 @@ def training(path: Path, history: list[dict]) -> None:
     """Loss and accuracy of both trainings, one after the other on one axis of epochs."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     start = 0
-    for stage, color in (("float", FLOAT), ("quantised", QUANTISED)):
+    for stage, color in (("float", FLOAT), ("quantized", QUANTIZED)):
         entries = [entry for entry in history if entry["stage"] == stage]
         epochs = [start + entry["epoch"] for entry in entries]
         left.plot(epochs[1:], [entry["loss"] for entry in entries[1:]], ".-", color=color, label=stage)
@@ -63,7 +63,7 @@ def training(path: Path, history: list[dict]) -> None:
 
 
 def weights(path: Path, model: nn.Module, optimizer: BCGD) -> None:
-    """For each quantised layer: its latents in units of the scale, and the share of weights at each level."""
+    """For each quantized layer: its latents in units of the scale, and the share of weights at each level."""
     names = {
         parameter: f"{name} ({type(module).__name__})"
         for name, module in model.named_modules()
@@ -82,25 +82,24 @@ def weights(path: Path, model: nn.Module, optimizer: BCGD) -> None:
         if channel_dim is not None:
             scale = scale.view([-1 if d == channel_dim else 1 for d in range(parameter.dim())])
         latents = (state["latent"] / scale).flatten().cpu()
-        codes = (
-            QF.weight_codes(parameter.detach(), state["scale"], bits, channel_dim=channel_dim).flatten().cpu()
-        )
+        codes = QF.weight_codes(parameter.detach(), state["scale"], bits, channel_dim=channel_dim)
+        codes = codes.flatten().cpu()
         top = max(2 ** (bits - 1) - 1, 1)
         levels = [level for level in range(-top, top + 1) if bits > 1 or level]
         shares = [(codes == level).double().mean().item() for level in levels]
         reach = max(1.4 * top, _quantile(latents.abs(), 0.995))
-        axes.hist(latents.numpy(), bins=80, range=(-reach, reach), density=True, color=GREY)
+        axes.hist(latents.numpy(), bins=80, range=(-reach, reach), density=True, color=GRAY)
         beside = axes.twinx()
-        beside.bar(levels, shares, min(0.06 * reach, 0.5), color=QUANTISED, alpha=0.85)
+        beside.bar(levels, shares, min(0.06 * reach, 0.5), color=QUANTIZED, alpha=0.85)
         beside.set_ylim(0, 1.15 * max(shares))
         beside.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        beside.tick_params(axis="y", colors=QUANTISED)
+        beside.tick_params(axis="y", colors=QUANTIZED)
         axes.set_yticks([])
         axes.set_xticks(sorted({-top, top, 0} & {0, *levels}))
         axes.set_title(f"{names[parameter]}: {parameter.numel():,} weights")
     figure.supxlabel("weight / scale")
     figure.suptitle(
-        "Float latents (grey) and the share of the quantised weights at each level (red, right axis)"
+        "Float latents (gray) and the share of the quantized weights at each level (red, right axis)"
     )
     _save(figure, path)
 
@@ -123,20 +122,20 @@ def activations(path: Path, model: nn.Module, images: Tensor) -> None:
         top = 2**bits - 1
         low = min(max(_quantile(x, 0.005), -4.0 * top), -0.5 * top)
         high = max(min(_quantile(x, 0.995), 4.0 * top), 1.2 * top)
-        axes.hist(x.numpy(), bins=100, range=(low, high), density=True, color=GREY)
+        axes.hist(x.numpy(), bins=100, range=(low, high), density=True, color=GRAY)
         axes.set_yticks([])
         beside = axes.twinx()
         edges = [low, *range(top), high]
-        beside.step(edges, [0, *range(top + 1), top][: len(edges)], where="pre", color=QUANTISED)
+        beside.step(edges, [0, *range(top + 1), top][: len(edges)], where="pre", color=QUANTIZED)
         beside.set_ylim(-0.15 * top, 1.25 * top)
-        beside.tick_params(axis="y", colors=QUANTISED)
+        beside.tick_params(axis="y", colors=QUANTIZED)
         beside.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         if bits <= 2:
             _label_shares(beside, codes, top, low, high)
         axes.set_xlim(low, high)
         axes.set_title(f"staircase {name}: step {alpha:.3g}, {(codes == 0).double().mean():.0%} at zero")
     figure.supxlabel("input / step size")
-    figure.suptitle("Inputs of each staircase (grey) and its output in steps (red, right axis)")
+    figure.suptitle("Inputs of each staircase (gray) and its output in steps (red, right axis)")
     _save(figure, path)
 
 
@@ -173,9 +172,9 @@ def estimators(path: Path, bits: int) -> None:
         proxy = torch.cumulative_trapezoid(slope, points)
         proxy = torch.cat([proxy.new_zeros(1), proxy])
         proxy -= proxy[(points <= 0).sum() - 1].clone()  # every proxy is 0 at 0
-        above.plot(points, y.detach(), color=GREY, linewidth=2, label="staircase (forward)")
-        above.plot(points, proxy, color=QUANTISED, label="proxy")
-        below.plot(points, slope, color=QUANTISED)
+        above.plot(points, y.detach(), color=GRAY, linewidth=2, label="staircase (forward)")
+        above.plot(points, proxy, color=QUANTIZED, label="proxy")
+        below.plot(points, slope, color=QUANTIZED)
         for axes in (above, below):
             axes.axvline(top, color=MARK, linewidth=0.7, linestyle=":")
         above.set_title(ste)

@@ -1,4 +1,4 @@
-"""Trains a classifier in float, quantises it, trains on with blended coarse gradients, and compares.
+"""Trains a classifier in float, quantizes it, trains on with blended coarse gradients, and compares.
 
     python examples/train_classifier.py                            # digits, 1-bit weights, 2-bit activations
     python examples/train_classifier.py --seeds 0 1 2 3 4          # the same five times: mean and spread
@@ -9,8 +9,13 @@ Ctrl-C leaves a good checkpoint; the same command with --resume goes on from it,
 checkpoint that is there already is kept, and refused unless --overwrite is given.
 """
 
+import ending  # first, for a Ctrl-C while the others are imported
+
+# isort: split
 import argparse
 import json
+import math
+import signal
 import statistics
 import time
 
@@ -29,15 +34,19 @@ from tqdm import tqdm
 
 def main() -> None:
     args = parse_arguments(__doc__)
-    checkpoint.stop_on_signals()
-    torch.set_num_threads(args.threads)
     try:
+        ending.handle_signals(ending.orderly)
+        torch.set_num_threads(args.threads)
         dataset = data.load(args.dataset, args.data_dir).subset(args.subset)
-        runs = [Run(args, seed, dataset) for seed in args.seeds]
-        report([run.go() for run in runs], args)
-    except (data.DataError, checkpoint.CheckpointError, packing.PackingError) as error:
-        checkpoint.fail(str(error))
-    except checkpoint.Stopped as stop:
+        with checkpoint.claimed(args.out):
+            runs = [Run(args, seed, dataset) for seed in args.seeds]
+            report([run.go() for run in runs], args)
+    except (data.DataError, checkpoint.CheckpointError, packing.PackingError, Diverged) as error:
+        ending.fail(str(error))
+    except OSError as error:
+        ending.fail(f"{error.strerror or error}: {error.filename or args.out}")
+    except ending.Stopped as stop:
+        ending.handle_signals(signal.SIG_IGN)  # nothing is left to be stopped
         print(f"\nstopped. {_left_behind(args)}")
         raise SystemExit(stop.exit_code) from None
 
@@ -49,8 +58,12 @@ def _left_behind(args: argparse.Namespace) -> str:
     return f"{args.out} has the last whole epoch; the same command with {how} goes on there"
 
 
+class Diverged(Exception):
+    """Training left the finite numbers."""
+
+
 class Run:
-    """One seed: float training, quantisation, quantised training, files."""
+    """One seed: float training, quantization, quantized training, files."""
 
     def __init__(self, args: argparse.Namespace, seed: int, dataset: data.Data):
         self.args, self.seed, self.dataset = args, seed, dataset
@@ -78,20 +91,20 @@ class Run:
 
         torchqat.prepare(model, args.act_bits, ste=args.ste, alpha_grad=args.alpha_grad)
         if self.saved is None:
-            torchqat.calibrate(model, [dataset.normalised(dataset.images[:1000], args.device)])
-        optimizer = self.quantising_optimizer(model)
-        self.train("quantised", model, optimizer)
-        weights = packing.quantised_weights(optimizer)
-        self.progress["bytes"]["quantised"] = packing.save(self.folder / "quantised.tqat", model, weights)
+            torchqat.calibrate(model, [dataset.normalized(dataset.images[:1000], args.device)])
+        optimizer = self.quantizing_optimizer(model)
+        self.train("quantized", model, optimizer)
+        weights = packing.quantized_weights(optimizer)
+        self.progress["bytes"]["quantized"] = packing.save(self.folder / "quantized.tqat", model, weights)
         if not args.no_plots:
-            images = dataset.normalised(dataset.test_images[:1000], args.device)
+            images = dataset.normalized(dataset.test_images[:1000], args.device)
             plots.draw_all(self.folder, self.progress["history"], model, optimizer, images)
         return self.metrics()
 
     def sgd_options(self) -> dict:
         return {"momentum": self.args.momentum, "weight_decay": self.args.weight_decay}
 
-    def quantising_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+    def quantizing_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         args = self.args
         groups = param_groups(
             model,
@@ -138,8 +151,10 @@ class Run:
         return total.item() / len(self.dataset.labels)
 
     def end_epoch(self, stage, epoch, epochs, model, optimizer, schedule, loss: float | None) -> None:
-        images = self.dataset.normalised(self.dataset.test_images, self.args.device)
-        hits = models.class_scores(model, images).argmax(1).cpu() == self.dataset.test_labels
+        images = self.dataset.normalized(self.dataset.test_images, self.args.device)
+        scores = models.class_scores(model, images).cpu()
+        self.check_finite(stage, epoch, loss, scores)
+        hits = scores.argmax(1) == self.dataset.test_labels
         accuracy = 100 * hits.double().mean().item()
         self.progress["history"].append({"stage": stage, "epoch": epoch, "loss": loss, "accuracy": accuracy})
         states = [thing.state_dict() for thing in (model, optimizer, schedule)]
@@ -150,6 +165,16 @@ class Run:
             f"seed {self.seed}  {stage:9} epoch {epoch:3}/{epochs}  {shown}test accuracy {accuracy:.2f} %",
             flush=True,
         )
+
+    def check_finite(self, stage: str, epoch: int, loss: float | None, scores: torch.Tensor) -> None:
+        """Keeps what has diverged out of the checkpoint."""
+        lost = loss is not None and not math.isfinite(loss)
+        if lost or not scores.isfinite().all():
+            what = f"loss {loss}" if lost else "outputs not finite"
+            option = "--float-lr" if stage == "float" else "--lr"
+            raise Diverged(
+                f"seed {self.seed}: {stage} training diverged at epoch {epoch} ({what}): lower {option}"
+            )
 
     def metrics(self) -> dict:
         last = {entry["stage"]: entry["accuracy"] for entry in self.progress["history"]}
@@ -162,7 +187,7 @@ def report(results: list[dict], args: argparse.Namespace) -> None:
     """Prints the table and writes the numbers of all seeds."""
     bits = {
         "float": "32 / 32",
-        "quantised": f"{args.weight_bits if args.optimizer == 'bcgd' else 32} / {args.act_bits}",
+        "quantized": f"{args.weight_bits if args.optimizer == 'bcgd' else 32} / {args.act_bits}",
     }
     summary, several = {}, len(results) > 1
     print(f"\n{args.dataset}, {args.model}: test accuracy after the last epoch", end="")
@@ -179,10 +204,10 @@ def report(results: list[dict], args: argparse.Namespace) -> None:
         summary[stage] = {"mean": mean, "spread": spread, "accuracy": accuracy, "bytes": size}
         shown = f"{mean:.2f} +- {spread:.2f} %" if several else f"{mean:.2f} %"
         print(f"{stage:10} {width:>30} {shown:>16} {size:>9,} bytes")
-    gain = summary["quantised"]["mean"] - summary["float"]["mean"]
-    ratio = summary["float"]["bytes"] / summary["quantised"]["bytes"]
+    gain = summary["quantized"]["mean"] - summary["float"]["mean"]
+    ratio = summary["float"]["bytes"] / summary["quantized"]["bytes"]
     seconds = sum(result["seconds"] for result in results)
-    print(f"quantised: {gain:+.2f} points, {ratio:.1f} times smaller")
+    print(f"quantized: {gain:+.2f} points, {ratio:.1f} times smaller")
     print(f"{seconds:.1f} s of training on {args.threads} threads; everything is in {args.out}")
     _write_json(args.out / "metrics.json", {**_conditions(args), "seconds": seconds, **summary})
 

@@ -1,4 +1,4 @@
-"""Quantisation-aware training with very few bits: operators, modules and an optimiser for PyTorch."""
+"""Quantization-aware training with very few bits: operators, modules and an optimizer for PyTorch."""
 
 from pathlib import Path
 from typing import Any

@@ -38,7 +38,7 @@ class StaircaseReLU(torch.nn.Module):
         alpha_grad: rule for the gradient of the step size: ``exact``, ``three_valued``, ``min`` or ``pact``.
         channels: ``None`` for one step size, or the size of dimension 1 of the input for one per channel.
         alpha_init: ``"optimal"``: the step size of least mean squared error where the input is standard
-            normal, as after batch normalisation; ``"papers"``: what BCGD's authors start from (bits 1, 2 and
+            normal, as after batch normalization; ``"papers"``: what BCGD's authors start from (bits 1, 2 and
             4); or a number. :func:`torchqat.calibrate` sets it from data.
         alpha_grad_scale: what the gradient of ``alpha`` is multiplied by.
         alpha_grad_clip: what it is then clamped to, ``[-alpha_grad_clip, alpha_grad_clip]``; ``inf`` for no

@@ -22,7 +22,7 @@ template <int N, typename Batch>
 __global__ void __launch_bounds__(kThreads)
     bcgd_update_kernel(const __grid_constant__ Batch batch, math::StepSums<N>* sums) {
   using T = typename Batch::Opmath;
-  using Level = std::conditional_t<N == 1, math::TopLevel<T>, math::NearestLevel<T>>;
+  using Level = std::conditional_t<N == 1, math::TopLevel<T>, math::WarmLevel<T>>;
   if (batch.is_skipped()) return;
   const auto s = slice_of_block(batch, batch.slices, batch.scales, kSliceElements);
   const auto& t = batch.tensors[s.tensor];

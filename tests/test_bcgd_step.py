@@ -278,7 +278,7 @@ def test_what_is_not_finite_spoils_its_own_scale_only(bits, method, value, devic
 @pytest.mark.parametrize("bits, method", PROJECTIONS)
 def test_zeros_have_scale_zero(bits, method, device):
     case = Case([(30,)], bits, method, device=device)
-    for t in case.latents + case.params + case.grads:
+    for t in case.latents + case.params + case.scales + case.grads:
         t.zero_()
     case.step()
     assert case.scales[0] == 0 and not case.params[0].any()

@@ -4,13 +4,14 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
 #include <span>
 #include <type_traits>
 #include <vector>
 
+#include "torchqat/cpu/bcgd_kernels.h"
 #include "torchqat/cpu/bcgd_step_slices.h"
 #include "torchqat/cpu/bcgd_step_ternary.h"
+#include "torchqat/cpu/instruction_set.h"
 #include "torchqat/math/bcgd.h"
 #include "torchqat/ops/bcgd_step.h"
 
@@ -18,6 +19,19 @@ namespace torchqat {
 namespace {
 
 using math::Projection;
+
+template <typename S>
+const auto& kernels() {
+  using T = at::opmath_type<S>;
+  switch (instruction_set()) {
+    case InstructionSet::avx512:
+      return avx512::bcgd_kernels<S, T>();
+    case InstructionSet::avx2:
+      return avx2::bcgd_kernels<S, T>();
+    default:
+      return sse2::bcgd_kernels<S, T>();
+  }
+}
 
 // A parameter as pointers.
 template <typename scalar_t>
@@ -64,39 +78,24 @@ class GroupStep {
 
   void run() {
     if (projection_ == Projection::warm) {
-      update([&](const Slice& s) { return warm_levels(s); });
+      update<math::kWarmSteps>();
     } else {
-      update([](const Slice&) { return std::array{math::TopLevel<opmath_t>()}; });
+      update<1>();
     }
     if (projection_ == Projection::ternary) fit_ternary();
     levels_at_ = scales_;
-    with_rule([&](auto rule) {
-      if (math::refits(projection_)) refit(rule);
-      write(rule);
-    });
+    if (math::refits(projection_)) refit();
+    write();
     finish();
   }
 
  private:
-  auto warm_levels(const Slice& slice) const {
-    const auto& t = targets_[slice.target];
-    std::array<math::NearestLevel<opmath_t>, math::kWarmSteps> levels;
-    for (int i = 0; i < math::kWarmSteps && slice.begin < slice.end; ++i) {
-      levels[i] = {static_cast<opmath_t>(t.scale[slice.channel] * math::warm_share(i)), bits_};
-    }
-    return levels;
-  }
-
-  // Calls f(rule), where rule(slice) is what gives the new w their levels.
-  template <typename F>
-  void with_rule(F&& f) {
-    if (projection_ == Projection::mean) {
-      f([](const Slice&) { return math::TopLevel<opmath_t>(); });
-    } else if (projection_ == Projection::twn) {
-      f([&](const Slice& s) { return math::KeptLevel<opmath_t>{levels_at_[s.scale]}; });
-    } else {
-      f([&](const Slice& s) { return math::NearestLevel<opmath_t>(levels_at_[s.scale], bits_); });
-    }
+  // What gives the new w of a slice their levels.
+  Levels<opmath_t> levels_of(const Slice& s) const {
+    const auto rule = projection_ == Projection::mean  ? LevelRule::top
+                      : projection_ == Projection::twn ? LevelRule::kept
+                                                       : LevelRule::nearest;
+    return {rule, levels_at_[s.scale], bits_};
   }
 
   // Calls f(slice), which returns what it adds up, for all slices, adds the results of each scale in the
@@ -119,68 +118,60 @@ class GroupStep {
     });
   }
 
-  // Makes the new y, and the scales by the sums over them for the levels of levels_of(slice).
-  template <typename LevelsOf>
-  void update(LevelsOf&& levels_of) {
+  // Makes the new y, and the scales by the sums over them.
+  template <size_t N>
+  void update() {
+    const auto sums_of_slice = [&](const Slice& slice) {
+      math::StepSums<N> sums;
+      if (slice.begin < slice.end) update_slice(slice, sums);
+      return sums;
+    };
+    fit(sums_of_slice, [&](const auto& sums) { return math::scale_after_update(sums, projection_, bits_); });
+  }
+
+  template <size_t N>
+  void update_slice(const Slice& slice, math::StepSums<N>& sums) const {
+    const auto& t = targets_[slice.target];
+    const bool first = t.steps && *t.steps == 0;
+    const opmath_t before = t.scale[slice.channel];
+    math::WarmLevel<opmath_t> levels[math::kWarmSteps];
+    for (int i = 0; i < math::kWarmSteps; ++i)
+      levels[i] = {static_cast<opmath_t>(before * math::warm_share(i)), bits_};
+    for_each_run(t.view, slice, [&](int64_t p, int64_t count) {
+      const BcgdRun<scalar_t, opmath_t> run{t.w + p, t.g + p, t.y + p, t.buffer ? t.buffer + p : nullptr,
+                                            count};
+      if constexpr (N > 1) {
+        kernels<scalar_t>().update_warm(run, rule_, first, levels, sums);
+      } else if (projection_ == Projection::mean) {
+        kernels<scalar_t>().update_binary(run, rule_, first, before, sums);
+      } else {
+        kernels<scalar_t>().update(run, rule_, first, sums);
+      }
+    });
+  }
+
+  void refit() {
     fit(
         [&](const Slice& slice) {
           const auto& t = targets_[slice.target];
-          const auto levels = levels_of(slice);
-          math::StepSums<levels.size()> sums;
-          for_each_run(t.view, slice, [&](int64_t p, int64_t count) {
-            update_run(t, p, count);
-            sums = sums + sums_of(t.y + p, count, levels, math::needs_peak(projection_));
-          });
-          return sums;
-        },
-        [&](const auto& sums) { return math::scale_after_update(sums, projection_, bits_); });
-  }
-
-  void update_run(const Target<scalar_t>& t, int64_t p, int64_t count) const {
-    const auto rule = rule_;
-    const auto* w = t.w + p;
-    const auto* g = t.g + p;
-    auto* y = t.y + p;
-    if (t.buffer) {
-      auto* buffer = t.buffer + p;
-      const bool first = *t.steps == 0;
-      for (int64_t i = 0; i < count; ++i) y[i] = rule(y[i], opmath_t(w[i]), opmath_t(g[i]), buffer[i], first);
-    } else {
-      for (int64_t i = 0; i < count; ++i) y[i] = rule(y[i], opmath_t(w[i]), opmath_t(g[i]));
-    }
-  }
-
-  template <typename LevelRule>
-  void refit(const LevelRule& rule) {
-    fit(
-        [&](const Slice& slice) {
-          const auto& t = targets_[slice.target];
-          const std::array levels{rule(slice)};
           math::StepSums<1> sums;
           for_each_run(t.view, slice, [&](int64_t p, int64_t count) {
-            sums = sums + sums_of(t.y + p, count, levels, false);
+            kernels<scalar_t>().fit(t.y + p, count, levels_of(slice), sums.fits[0]);
           });
           return sums;
         },
         [](const auto& sums) { return sums.scale(); });
   }
 
-  template <typename LevelRule>
-  void write(const LevelRule& rule) const {
-    for_each_slice([&](const Slice& slice, int64_t) {
+  // The slices that were worked on last come first: of them the caches may still hold something.
+  void write() const {
+    for_each_slice([&](const Slice&, int64_t i) {
+      const auto& slice = slices_[slices_.count() - 1 - i];
       const auto& t = targets_[slice.target];
-      const auto level = rule(slice);
-      const opmath_t scale = scales_[slice.scale];
       for_each_run(t.view, slice, [&](int64_t p, int64_t count) {
-        opmath_t q[kLongestRun];
-        find_levels(t.y + p, count, level, q);
-        write_run(t.w + p, t.y + p, q, count, scale);
+        kernels<scalar_t>().write(t.w + p, t.y + p, count, scales_[slice.scale], levels_of(slice));
       });
     });
-  }
-
-  static void write_run(scalar_t* w, const opmath_t* y, const opmath_t* q, int64_t count, opmath_t scale) {
-    for (int64_t i = 0; i < count; ++i) w[i] = static_cast<scalar_t>(scale * math::with_sign_of(y[i], q[i]));
   }
 
   // Scales of several slices one after the other, each by all threads; then the others, shared out among the

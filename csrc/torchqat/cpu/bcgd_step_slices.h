@@ -1,10 +1,7 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
-#include <cmath>
 #include <cstdint>
-#include <numeric>
 #include <vector>
 
 #include "torchqat/math/bcgd.h"
@@ -60,64 +57,6 @@ void for_each_run(const math::ChannelView& view, const Slice& slice, F&& f) {
     f(view.position(slice.channel, j), count);
     j += count;
   }
-}
-
-// The levels of the magnitudes of a run. A loop of its own is what compilers turn into SIMD code.
-template <typename T, typename Level>
-void find_levels(const T* y, int64_t count, const Level level, T* q) {
-  for (int64_t i = 0; i < count; ++i) q[i] = level(std::abs(y[i]));
-}
-
-// Calls f(lane, i) for i in [0, count), with lane = i modulo kLanes. What is kept apart by lanes need not
-// wait for the operation before, and is SIMD code again.
-constexpr int kLanes = 8;
-template <typename F>
-void for_each_lane(int64_t count, F&& f) {
-  const int64_t whole = count / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) f(lane, i + lane);
-  }
-  for (int64_t i = whole; i < count; ++i) f(static_cast<int>(i - whole), i);
-}
-
-// What the values of a run say about one assignment of levels.
-template <typename T, typename Level>
-math::WeightFit fit_of(const T* y, int64_t count, const Level& level) {
-  T q[kLongestRun];
-  find_levels(y, count, level, q);
-  double overlap[kLanes] = {};
-  double energy[kLanes] = {};
-  for_each_lane(count, [&](int lane, int64_t i) {
-    overlap[lane] += static_cast<double>(std::abs(y[i])) * static_cast<double>(q[i]);
-    energy[lane] += static_cast<double>(q[i]) * static_cast<double>(q[i]);
-  });
-  math::WeightFit fit;
-  for (int lane = 0; lane < kLanes; ++lane) fit = fit + math::WeightFit{energy[lane], overlap[lane]};
-  return fit;
-}
-template <typename T>
-math::WeightFit fit_of(const T* y, int64_t count, const math::TopLevel<T>&) {
-  double overlap[kLanes] = {};
-  for_each_lane(count, [&](int lane, int64_t i) { overlap[lane] += static_cast<double>(std::abs(y[i])); });
-  return {static_cast<double>(count), std::accumulate(overlap, overlap + kLanes, 0.0)};
-}
-
-template <typename T>
-T peak_of(const T* y, int64_t count) {
-  T peak[kLanes] = {};
-  for_each_lane(count, [&](int lane, int64_t i) {
-    peak[lane] = std::abs(y[i]) > peak[lane] ? std::abs(y[i]) : peak[lane];
-  });
-  return *std::max_element(peak, peak + kLanes);
-}
-
-// The sums over `count` consecutive values of y; the peak only where it is asked for.
-template <typename T, typename Level, size_t N>
-math::StepSums<N> sums_of(const T* y, int64_t count, const std::array<Level, N>& levels, bool peak) {
-  math::StepSums<N> sums;
-  for (size_t i = 0; i < N; ++i) sums.fits[i] = fit_of(y, count, levels[i]);
-  if (peak) sums.peak = peak_of(y, count);
-  return sums;
 }
 
 }  // namespace torchqat

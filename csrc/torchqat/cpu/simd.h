@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "torchqat/math/select.h"
@@ -102,7 +103,10 @@ To bit_cast(From from) {
 
 #if defined(__AVX512F__)
 constexpr int kUp = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
+constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 inline Vec<float> ceiling(Vec<float> x) { return Vec<float>(_mm512_roundscale_ps(x.raw, kUp)); }
+inline Vec<float> nearest(Vec<float> x) { return Vec<float>(_mm512_roundscale_ps(x.raw, kNearest)); }
+inline Vec<double> nearest(Vec<double> x) { return Vec<double>(_mm512_roundscale_pd(x.raw, kNearest)); }
 inline Vec<double> ceiling(Vec<double> x) { return Vec<double>(_mm512_roundscale_pd(x.raw, kUp)); }
 inline Vec<float> where(Mask<float> condition, Vec<float> yes, Vec<float> no) {
   return Vec<float>(_mm512_mask_blend_ps(condition.bits, no.raw, yes.raw));
@@ -133,6 +137,12 @@ Mask<T> from_bits(unsigned bits) {
 #if defined(__AVX2__)
 inline Vec<float> ceiling(Vec<float> x) { return Vec<float>(_mm256_ceil_ps(x.raw)); }
 inline Vec<double> ceiling(Vec<double> x) { return Vec<double>(_mm256_ceil_pd(x.raw)); }
+inline Vec<float> nearest(Vec<float> x) {
+  return Vec<float>(_mm256_round_ps(x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline Vec<double> nearest(Vec<double> x) {
+  return Vec<double>(_mm256_round_pd(x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 inline unsigned to_bits(Mask<float> m) { return _mm256_movemask_ps(bit_cast<__m256>(m.bits)); }
 inline unsigned to_bits(Mask<double> m) { return _mm256_movemask_pd(bit_cast<__m256d>(m.bits)); }
 #else
@@ -144,10 +154,37 @@ Vec<T> ceiling(Vec<T> x) {
   const Vec<T> up = where(whole < x, whole + Vec<T>(1), whole);
   return where(x == x, up, x);
 }
+// Of what is not negative.
+template <typename T>
+Vec<T> nearest(Vec<T> x) {
+  return ceiling(x - Vec<T>(T(0.5)));
+}
 inline unsigned to_bits(Mask<float> m) { return _mm_movemask_ps(bit_cast<__m128>(m.bits)); }
 inline unsigned to_bits(Mask<double> m) { return _mm_movemask_pd(bit_cast<__m128d>(m.bits)); }
 #endif
 #endif
+
+template <typename T>
+Vec<T> small_ceiling(Vec<T> x) {
+  return ceiling(x);
+}
+template <typename T>
+Vec<T> magnitude(Vec<T> x) {
+  const IntOf<T> sign = std::numeric_limits<IntOf<T>>::min();
+  return Vec<T>(bit_cast<Raw<T>>(bit_cast<Raw<IntOf<T>>>(x.raw) & ~sign));
+}
+template <typename T>
+T largest(Vec<T> x) {
+  T found = x.raw[0];
+  for (int i = 1; i < Vec<T>::size; ++i) found = x.raw[i] > found ? x.raw[i] : found;
+  return found;
+}
+template <typename T>
+double total(Vec<T> x) {
+  double sum = 0;
+  for (int i = 0; i < Vec<T>::size; ++i) sum += static_cast<double>(x.raw[i]);
+  return sum;
+}
 
 // What values of type S are computed with.
 template <typename S>

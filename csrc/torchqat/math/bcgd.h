@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "torchqat/math/macros.h"
 #include "torchqat/math/weight_fit.h"
@@ -55,6 +56,25 @@ TORCHQAT_HD inline double warm_share(int i) {
   constexpr double shares[kWarmSteps] = {1, 31. / 32, 33. / 32, 7. / 8, 9. / 8};
   return shares[i];
 }
+
+// The level of a magnitude in an assignment that a warm start tries: the nearest to magnitude / step, to
+// within the rounding of 1 / step. Which way a tie goes plays no part: the scale is fitted to what it gives.
+template <typename T>
+struct WarmLevel {
+  T inverse = 0;
+  T top = 0;
+
+  WarmLevel() = default;
+  TORCHQAT_HD WarmLevel(T step, int64_t bits) {
+    const T one_by_step = T(1) / step;
+    if (!(step > T(0) && one_by_step <= std::numeric_limits<T>::max())) return;
+    inverse = one_by_step;
+    top = static_cast<T>(weight_top(bits));
+  }
+  template <typename U>  // every lane of a vector as one number
+  explicit WarmLevel(const WarmLevel<U>& other) : inverse(other.inverse), top(other.top) {}
+  TORCHQAT_HD T operator()(T magnitude) const { return nearest(at_most(magnitude * inverse, top)); }
+};
 
 // What a pass over y adds up: how well N assignments of levels fit, and the largest |y|. A y that is not
 // finite leaves its mark in every overlap, as 0 * inf is NaN.

@@ -25,6 +25,16 @@ TORCHQAT_HD T at_most(T x, T high) {
 
 TORCHQAT_HD inline float ceiling(float x) { return std::ceil(x); }
 TORCHQAT_HD inline double ceiling(double x) { return std::ceil(x); }
+TORCHQAT_HD inline float nearest(float x) { return std::rint(x); }
+TORCHQAT_HD inline double nearest(double x) { return std::rint(x); }
+
+// The same as ceiling() for numbers that an int holds: every processor has vectors for that.
+template <typename T>
+TORCHQAT_HD T small_ceiling(T x) {
+  const T whole = static_cast<T>(static_cast<int>(x));
+  return whole < x ? whole + T(1) : whole;
+}
+
 TORCHQAT_HD inline float exponential(float x) { return std::exp(x); }
 TORCHQAT_HD inline double exponential(double x) { return std::exp(x); }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "torchqat/math/macros.h"
+#include "torchqat/math/select.h"
 
 namespace torchqat::math {
 
@@ -18,7 +19,7 @@ struct TopLevel {
 template <typename T>
 struct KeptLevel {
   T threshold;
-  TORCHQAT_HD T operator()(T magnitude) const { return magnitude >= threshold ? T(1) : T(0); }
+  TORCHQAT_HD T operator()(T magnitude) const { return where(magnitude >= threshold, T(1), T(0)); }
 };
 // The nearest of 0..top for step size `step`, ties towards zero as in the authors' code: level j on
 // (j - 1/2, j + 1/2] * step. NaN, and any magnitude where step is not > 0, has level 0. In operations that a
@@ -34,19 +35,18 @@ struct NearestLevel {
     this->step = step;
     top = static_cast<T>(weight_top(bits));
   }
+  template <typename U>  // every lane of a vector as one number
+  explicit NearestLevel(const NearestLevel<U>& other) : step(other.step), top(other.top) {}
   TORCHQAT_HD T operator()(T magnitude) const {
-    T t = magnitude / step - T(0.5);
-    t = t > T(0) ? t : T(0);
-    t = t < top ? t : top;
-    const T whole = static_cast<T>(static_cast<int>(t));
-    return whole + (t > whole ? T(1) : T(0));
+    const T t = magnitude / step - T(0.5);
+    return small_ceiling(at_most(where(t > T(0), t, T(0)), top));
   }
 };
 
 // The level with the sign of w, +1 for 0 and NaN; a level of 0 is never -0.
 template <typename T>
 TORCHQAT_HD T with_sign_of(T w, T level) {
-  return w < T(0) ? T(0) - level : level;
+  return where(w < T(0), T(0) - level, level);
 }
 
 // The level of w for b-bit weights of step size `step`: the sign at one bit (the step plays no part), the

@@ -1,0 +1,60 @@
+#pragma once
+
+#include <cstdint>
+
+#include "torchqat/math/bcgd.h"
+
+// The loops of bcgd_step_ over runs of consecutive memory, for one thread. S is the dtype of the parameter, T
+// its op-math type, that of all the rest.
+namespace torchqat {
+
+template <typename S, typename T>
+struct BcgdRun {
+  S* w;
+  const S* g;
+  T* y;
+  T* buffer;  // or null
+  int64_t count;
+};
+
+// What gives magnitudes their levels.
+enum class LevelRule { top, kept, nearest };
+
+template <typename T>
+struct Levels {
+  LevelRule rule;
+  T at;  // the threshold, or the step size
+  int64_t bits;
+};
+
+template <typename S, typename T>
+struct BcgdKernels {
+  // Make the new y, and add to the sums: those of the top level, ...
+  void (*update)(const BcgdRun<S, T>& run, const math::StepRule<T>& rule, bool first,
+                 math::StepSums<1>& sums);
+  // ... the same for one bit, whose w is not read: it is `scale` with the sign of y; ...
+  void (*update_binary)(const BcgdRun<S, T>& run, const math::StepRule<T>& rule, bool first, T scale,
+                        math::StepSums<1>& sums);
+  // ... or those of the warm start.
+  void (*update_warm)(const BcgdRun<S, T>& run, const math::StepRule<T>& rule, bool first,
+                      const math::WarmLevel<T> (&levels)[math::kWarmSteps],
+                      math::StepSums<math::kWarmSteps>& sums);
+  void (*fit)(const T* y, int64_t count, const Levels<T>& levels, math::WeightFit& fit);
+  // w = scale * level.
+  void (*write)(S* w, const T* y, int64_t count, T scale, const Levels<T>& levels);
+};
+
+namespace sse2 {
+template <typename S, typename T>
+const BcgdKernels<S, T>& bcgd_kernels();
+}
+namespace avx2 {
+template <typename S, typename T>
+const BcgdKernels<S, T>& bcgd_kernels();
+}
+namespace avx512 {
+template <typename S, typename T>
+const BcgdKernels<S, T>& bcgd_kernels();
+}
+
+}  // namespace torchqat

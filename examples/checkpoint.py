@@ -1,8 +1,9 @@
-"""Checkpoints that survive being interrupted, and are refused when they do not fit."""
+"""Checkpoints and results that survive being interrupted, and are refused when they do not fit."""
 
 import contextlib
 import fcntl
 import io
+import json
 import os
 import tempfile
 import zipfile
@@ -70,14 +71,36 @@ def load(path: Path, settings: dict, seed: int) -> dict:
         raise CheckpointError(f"{path} is damaged or not a checkpoint") from None
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this version of the program")
-    settings = {**settings, "seed": seed}
-    other = {**saved["settings"], "seed": saved["seed"]}
+    _refuse_other(path, {**settings, "seed": seed}, {**saved["settings"], "seed": saved["seed"]})
+    return saved
+
+
+def write_json(path: Path, content: dict) -> None:
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_result(path: Path, settings: dict, seed: int) -> dict | None:
+    """What `write_json` wrote of a network of the same settings and seed; None where there is no file."""
+    try:
+        result = json.loads(path.read_bytes())
+        made_with = {**result["settings"], "seed": result["seed"]}
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{path} is damaged or not a result") from None
+    _refuse_other(path, {**settings, "seed": seed}, made_with)
+    return result
+
+
+def _refuse_other(path: Path, settings: dict, other: dict) -> None:
     differ = [
         f"{key} {other.get(key)}, not {value}" for key, value in settings.items() if other.get(key) != value
     ]
     if differ:
         raise CheckpointError(f"{path} was made with other arguments: {'; '.join(differ)}")
-    return saved
 
 
 def restore(saved: dict, *objects) -> None:

@@ -1,4 +1,4 @@
-"""The command line of train_classifier.py."""
+"""The command line of train_classifier.py, and what other programs take of it."""
 
 import argparse
 import os
@@ -26,14 +26,14 @@ BCGD_ONLY = ("blend", "method", "weight_bits", "per_channel", "keep_first_last_f
 FLOAT_ONLY = ("float_epochs", "float_lr")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
-class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Names the default of every option but those that are off unless given."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -56,11 +56,11 @@ def number(kind: type, low: float, high: float = float("inf")):
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
-    parser = _Parser(usage="%(prog)s [options]", description=description, formatter_class=_Help)
+    parser = Parser(usage="%(prog)s [options]", description=description, formatter_class=Help)
     _add_task(parser.add_argument_group("task"))
     _add_quantization(parser.add_argument_group("quantization"))
     _add_training(parser.add_argument_group("training"))
-    _add_run(parser.add_argument_group("run"))
+    add_run(parser.add_argument_group("run"), Path("runs/classifier"))
     # A value that is there already keeps argparse from the default: what stays None was not given.
     args = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(BCGD_ONLY)))
     given = [key for key in BCGD_ONLY if getattr(args, key) is not None]
@@ -73,10 +73,11 @@ def parse_arguments(description: str) -> argparse.Namespace:
     args.data_dir, args.subset, args.float_weights = (
         getattr(args, key, None) for key in ("data_dir", "subset", "float_weights")
     )
-    problem = _misfit(args, given) or _problem(args)
+    args.settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    args.kept = "checkpoint.pt"
+    problem = _misfit(args, given) or problem_of_run(args)
     if problem:
         ending.fail(problem)
-    args.settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
     return args
 
 
@@ -95,8 +96,11 @@ def _misfit(args: argparse.Namespace, given: list[str]) -> str | None:
     return None
 
 
-def _problem(args: argparse.Namespace) -> str | None:
-    """What cannot work, beyond what argparse sees."""
+def problem_of_run(args: argparse.Namespace) -> str | None:
+    """What cannot work of the options of `add_run`, beyond what argparse sees.
+
+    `args.kept` is a pattern for what a run keeps in the folder of a seed.
+    """
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -117,22 +121,25 @@ def _problem(args: argparse.Namespace) -> str | None:
 def _problem_of_folder(args: argparse.Namespace) -> str | None:
     if args.out.exists() and not args.out.is_dir():
         return f"--out {args.out} is not a folder"
-    if args.resume and not any(args.out.glob("seed-*/checkpoint.pt")):
+    if args.resume and not any(args.out.glob(f"seed-*/{args.kept}")):
         return f"--resume: there is no checkpoint in {args.out}"
     for seed in [] if args.resume or args.overwrite else args.seeds:
-        path = args.out / f"seed-{seed}" / "checkpoint.pt"
-        if path.exists():
+        for path in args.out.glob(f"seed-{seed}/{args.kept}"):
             return f"{path} is there already: give --resume, --overwrite or another --out"
     return None
 
 
 def _add_task(group) -> None:
     group.add_argument("--dataset", choices=data.DATASETS, default="digits", help="digits needs no files")
+    add_data(group)
+    group.add_argument("--model", choices=models.MODELS, default="lenet5", help="the network")
+
+
+def add_data(group) -> None:
     where = "where the data sets are, or are downloaded to (default: $TORCHQAT_DATA, else ./data)"
     group.add_argument("--data-dir", default=argparse.SUPPRESS, help=where)
     quick = "use so many training and test images only, for a quick try"
     group.add_argument("--subset", type=number(int, 2), default=argparse.SUPPRESS, help=quick)
-    group.add_argument("--model", choices=models.MODELS, default="lenet5", help="the network")
 
 
 def _add_quantization(group) -> None:
@@ -170,15 +177,20 @@ def _add_training(group) -> None:
         "--blend", type=number(float, 0, 1), default=1e-5, help="BCGD's rho; 0 is BinaryConnect; bcgd only"
     )
     group.add_argument(
-        "--momentum", type=number(float, 0, 1), default=0.9, help="of the float training, and of bcgd and sgd"
-    )
-    group.add_argument("--weight-decay", type=number(float, 0, 1e30), default=1e-4, help="of both trainings")
-    group.add_argument(
         "--float-weights",
         metavar="FILE",
         default=argparse.SUPPRESS,
         help="a float.tqat to start from instead of training one",
     )
+    add_schedule(group, RECIPES)
+
+
+def add_schedule(group, recipes: dict[str, dict]) -> None:
+    """Options of both trainings; `recipes` are the defaults, under the names that --help gives them."""
+    group.add_argument(
+        "--momentum", type=number(float, 0, 1), default=0.9, help="of the float training, and of bcgd and sgd"
+    )
+    group.add_argument("--weight-decay", type=number(float, 0, 1e30), default=1e-4, help="of both trainings")
     count, rate = number(int, 0), number(float, 0, 1e30)
     for option, kind, what in (
         ("--float-epochs", count, "epochs of the float network"),
@@ -188,11 +200,12 @@ def _add_training(group) -> None:
         ("--lr", rate, "learning rate of the quantized network, to 0 by cosine, epoch by epoch"),
     ):
         key = option.strip("-").replace("-", "_")
-        defaults = ", ".join(f"{name} {recipe[key]}" for name, recipe in RECIPES.items())
+        defaults = ", ".join(f"{name} {recipe[key]}" for name, recipe in recipes.items())
         group.add_argument(option, type=kind, default=argparse.SUPPRESS, help=f"{what} ({defaults})")
 
 
-def _add_run(group) -> None:
+def add_run(group, out: Path, not_settings: tuple[str, ...] = NOT_SETTINGS) -> None:
+    """`out` is the default of --out; `not_settings` may change when a run is resumed."""
     group.add_argument(
         "--seeds", type=number(int, 0, 2**63 - 1), nargs="+", default=[0], help="one run for each"
     )
@@ -200,9 +213,9 @@ def _add_run(group) -> None:
         "--threads", type=number(int, 1, 1024), default=len(os.sched_getaffinity(0)), help="threads of torch"
     )
     group.add_argument("--device", default="cpu", help="cpu or cuda")
-    group.add_argument("--out", type=Path, default=Path("runs/classifier"), help="folder of all results")
+    group.add_argument("--out", type=Path, default=out, help="folder of all results")
     free = ", ".join(
-        "--" + key.replace("_", "-") for key in NOT_SETTINGS if key not in ("resume", "overwrite")
+        "--" + key.replace("_", "-") for key in not_settings if key not in ("resume", "overwrite")
     )
     again = group.add_mutually_exclusive_group()
     resume = f"go on from the checkpoints in --out; all options but {free} must be what they were"

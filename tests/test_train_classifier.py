@@ -18,30 +18,19 @@ from pathlib import Path
 import pytest
 import torch
 import torchqat
+from example_programs import EXAMPLES, files_in, imported, write_idx_files
 
 for needed in ("matplotlib", "sklearn", "torchvision", "tqdm"):
     pytest.importorskip(needed)
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 QUICK_QUANTIZED = ("--subset", "120", "--epochs", "2", "--batch-size", "40", "--threads", "1")
 QUICK = ("--float-epochs", "1", *QUICK_QUANTIZED)
 
 
 @pytest.fixture
 def example(monkeypatch):
-    """The example's modules, imported as the script sees them, with the process left as it was."""
-    threads, handlers = (
-        torch.get_num_threads(),
-        {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)},
-    )
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.delenv("TORCHQAT_DATA", raising=False)
-    import train_classifier
-
-    yield train_classifier
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with imported("train_classifier", monkeypatch) as module:
+        yield module
 
 
 @pytest.fixture
@@ -70,10 +59,6 @@ def contents(folder):
     metrics = json.loads((folder / "metrics.json").read_text())
     del metrics["seconds"]
     return metrics, *((folder / f"{stage}.tqat").read_bytes() for stage in ("float", "quantized"))
-
-
-def files_in(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def one_line(stderr, *parts):
@@ -607,19 +592,6 @@ def test_mnist_from_the_data_folder(data_dir, train, tmp_path, monkeypatch):
         before = sorted(Path(data_dir, name).iterdir())
         assert train("--dataset", name, "--out", tmp_path / name)[0] == 0
         assert sorted(Path(data_dir, name).iterdir()) == before
-
-
-def write_idx_files(folder, count=20, side=28, suffix=".gz", labels=range(10)):
-    """A tiny MNIST in the format of the real one."""
-    folder.mkdir(parents=True)
-    pack = gzip.compress if suffix else bytes
-    for part in ("train", "t10k"):
-        sizes = b"".join(n.to_bytes(4, "big") for n in (count, side, side))
-        images = b"\x00\x00\x08\x03" + sizes + os.urandom(count * side * side)
-        classes = bytes(labels[i % len(labels)] for i in range(count))
-        (folder / f"{part}-images-idx3-ubyte{suffix}").write_bytes(pack(images))
-        classes = b"\x00\x00\x08\x01" + count.to_bytes(4, "big") + classes
-        (folder / f"{part}-labels-idx1-ubyte{suffix}").write_bytes(pack(classes))
 
 
 def write_cifar10(folder, monkeypatch):

@@ -1,0 +1,200 @@
+"""Which straight-through estimators train: a paper's MNIST results measured again, and binary weights beside.
+
+    python examples/reproduce_ste_mnist.py --seeds 0 1 2               # the whole table
+    python examples/reproduce_ste_mnist.py --seeds 0 1 2 --rows w1a2   # 1-bit weights, 2-bit activations only
+    python examples/reproduce_ste_mnist.py --subset 2000 --epochs 2    # a quick try
+
+P. Yin et al., "Understanding straight-through estimator in training activation quantized neural nets", ICLR
+2019, give in their table of validation accuracies for LeNet-5 on MNIST, float weights and 2-bit activations:
+98.49 % for the identity's slope in backward, 99.24 % for ReLU's, 99.23 % for clipped ReLU's. They start from
+a float network, keep the step size alpha fixed, and train for 50 epochs. Here alpha is set from training
+images, not from simulated half-Gaussian data, batch normalization keeps its scale and shift, and a cosine
+schedule makes do with fewer epochs. The other rows have no published numbers: the same with alpha learned;
+and all weights binary (BCGD), alpha learned.
+
+A float network is trained once for each seed, and all rows of the seed start from it. Finished rows are kept
+in --out, with a checkpoint per epoch of the one in work: after Ctrl-C the same command with --resume goes on,
+to the same numbers; it can name other --rows and --seeds. MNIST is read from --data-dir, else $TORCHQAT_DATA,
+else ./data, and downloaded where it is not there.
+"""
+
+import ending  # noqa: F401, first: for a Ctrl-C while the others are imported
+
+# isort: split
+import argparse
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import checkpoint
+import data
+import models
+import options
+import packing
+import plots
+import torch
+import torchqat
+from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
+from torch import nn
+from torchqat.nn import StaircaseReLU
+from torchqat.optim import BCGD, param_groups
+from training import Training, conditions, orderly
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is trained; `published` is the paper's accuracy in percent."""
+
+    title: str
+    ste: str = ""
+    learned: bool = False
+    weight_bits: int | None = None
+    published: float | None = None
+
+
+ROWS = {
+    "relu-frozen": Row("ReLU, alpha frozen", "relu", published=99.24),
+    "clipped-frozen": Row("clipped ReLU, alpha frozen", "clipped_relu", published=99.23),
+    "identity-frozen": Row("identity, alpha frozen", "identity", published=98.49),
+    "relu-learned": Row("ReLU, alpha learned", "relu", learned=True),
+    "clipped-learned": Row("clipped ReLU, alpha learned", "clipped_relu", learned=True),
+    "identity-learned": Row("identity, alpha learned", "identity", learned=True),
+    "w1a2": Row("all weights binary, clipped ReLU", "clipped_relu", learned=True, weight_bits=1),
+}
+FLOAT = Row("float")
+RECIPE = options.RECIPES["mnist"]
+FLOAT_SETTINGS = ("subset", "float_epochs", "float_lr", "batch_size", "momentum", "weight_decay")
+ACT_BITS = 2
+
+
+def main() -> None:
+    args = parse_arguments()
+    with orderly(args):
+        dataset = data.load("mnist", args.data_dir).subset(args.subset)
+        with checkpoint.claimed(args.out):
+            names = ["float", *(name for name in ROWS if name in args.rows)]
+            networks = [Network(args, seed, dataset, name) for seed in args.seeds for name in names]
+            results: dict[str, list[dict]] = {name: [] for name in names}
+            for network in networks:
+                results[network.name].append(network.go())
+            report(results, args)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = options.Parser(usage="%(prog)s [options]", description=__doc__, formatter_class=options.Help)
+    task = parser.add_argument_group("task")
+    which = f"what to train: {', '.join(ROWS)} (default: all)"
+    task.add_argument("--rows", choices=ROWS, nargs="+", default=argparse.SUPPRESS, help=which, metavar="ROW")
+    options.add_data(task)
+    options.add_schedule(parser.add_argument_group("training"), {"default:": RECIPE})
+    options.add_run(parser.add_argument_group("run"), Path("runs/ste-mnist"), ("rows", *options.NOT_SETTINGS))
+    args = parser.parse_args(
+        namespace=argparse.Namespace(rows=list(ROWS), data_dir=None, subset=None, **RECIPE)
+    )
+    args.kept = "*/*"
+    problem = options.problem_of_run(args)
+    if problem:
+        ending.fail(problem)
+    return args
+
+
+class Network(Training):
+    """One row of one seed, or the float network that the rows of that seed start from."""
+
+    def __init__(self, args: argparse.Namespace, seed: int, dataset: data.Data, name: str):
+        self.name, self.row = name, ROWS.get(name, FLOAT)
+        keys = FLOAT_SETTINGS if name == "float" else (*FLOAT_SETTINGS, "epochs", "lr")
+        settings = {"row": name, **{key: getattr(args, key) for key in keys}}
+        folder = args.out / f"seed-{seed}" / name
+        self.metrics = folder / "metrics.json"
+        if args.overwrite:
+            self.metrics.unlink(missing_ok=True)
+        self.result = checkpoint.read_result(self.metrics, settings, seed)
+        super().__init__(args, settings, seed, dataset, folder)
+
+    def go(self) -> dict:
+        """Trains, unless that is done, and returns what metrics.json holds."""
+        if self.result is None:
+            torch.manual_seed(self.seed)
+            model = models.lenet5(self.dataset.channels, self.dataset.size, self.dataset.classes)
+            # The convolutions take most of the time, and a quarter less of it in this layout.
+            self.train_from_start(model.to(self.args.device, memory_format=torch.channels_last))
+            last = self.progress["history"][-1]
+            what = {"seed": self.seed, "accuracy": last["accuracy"], "epochs": last["epoch"]}
+            self.result = {**conditions(self.args, self.settings), **what, **self.progress}
+            checkpoint.write_json(self.metrics, self.result)
+        self.checkpoint.unlink(missing_ok=True)
+        return self.result
+
+    def train_from_start(self, model: nn.Module) -> None:
+        if self.name == "float":
+            optimizer = torch.optim.SGD(model.parameters(), self.args.float_lr, **self.sgd_options())
+            self.train("float", model, optimizer, self.args.float_epochs)
+            self.progress["bytes"]["float"] = packing.save(self.folder / "float.tqat", model)
+        else:
+            packing.load_into(model, self.folder.parent / "float" / "float.tqat")
+            self.train(self.name, model, self.quantized(model), self.args.epochs)
+
+    def quantized(self, model: nn.Module) -> BCGD:
+        """Makes the activations staircases and returns the optimizer: with float weights it is plain SGD."""
+        torchqat.prepare(model, ACT_BITS, ste=self.row.ste)
+        torchqat.calibrate(model, [self.dataset.normalized(self.dataset.images[:1000], self.args.device)])
+        for module in model.modules():
+            if isinstance(module, StaircaseReLU):
+                module.alpha.requires_grad_(self.row.learned)
+        return BCGD(param_groups(model, self.row.weight_bits), self.args.lr, **self.sgd_options())
+
+
+def report(results: dict[str, list[dict]], args: argparse.Namespace) -> None:
+    """Prints the table, writes it with all numbers, and draws it."""
+    summary, several = {}, len(args.seeds) > 1
+    seeds = f"mean +- standard deviation of {len(args.seeds)} seeds" if several else f"seed {args.seeds[0]}"
+    print("\nLeNet-5 on MNIST, activations of 2 bits, test accuracy in % after the last epoch\n")
+    print(f"| row | published | ours, {seeds} | epochs | seconds a seed |\n|---|---|---|---|---|")
+    for name, runs in results.items():
+        row, accuracy = ROWS.get(name, FLOAT), [run["accuracy"] for run in runs]
+        mean, spread = statistics.fmean(accuracy), statistics.stdev(accuracy) if several else 0.0
+        seconds = statistics.fmean(run["seconds"] for run in runs)
+        numbers = {"published": row.published, "mean": mean, "spread": spread, "accuracy": accuracy}
+        summary[name] = {"title": row.title, **numbers, "epochs": runs[0]["epochs"], "seconds": seconds}
+        ours = f"{mean:.2f} +- {spread:.2f}" if several else f"{mean:.2f}"
+        print(f"| {row.title} | {row.published or ''} | {ours} | {runs[0]['epochs']} | {seconds:.0f} |")
+    settings = {key: getattr(args, key) for key in (*FLOAT_SETTINGS, "epochs", "lr", "seeds")}
+    checkpoint.write_json(args.out / "metrics.json", {**conditions(args, settings), "rows": summary})
+    if not args.no_plots:
+        with plt.rc_context(plots.STYLE):
+            draw(args.out / "ste_mnist.png", summary, results)
+    print(f"\neverything is in {args.out}")
+
+
+def draw(path: Path, summary: dict[str, dict], results: dict[str, list[dict]]) -> None:
+    """The last accuracy of each seed beside the published one, and the mean over seeds by epoch."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4))
+    for place, (name, row) in enumerate(summary.items()):
+        left.plot(row["accuracy"], [place] * len(row["accuracy"]), "o", color=plots.FLOAT, alpha=0.4)
+        left.plot(row["mean"], place, "|", color=plots.FLOAT, markersize=16, markeredgewidth=2)
+        if row["published"]:
+            left.plot(row["published"], place, "D", color=plots.QUANTIZED, markersize=6)
+        histories = [[entry["accuracy"] for entry in run["history"]] for run in results[name]]
+        means = [statistics.fmean(epoch) for epoch in zip(*histories, strict=True)]
+        right.plot(means, ".--" if name == "float" else ".-", label=row["title"])
+    left.plot([], [], "o", color=plots.FLOAT, alpha=0.4, label="ours, each seed (bar: mean)")
+    left.plot([], [], "D", color=plots.QUANTIZED, label="published")
+    left.set_yticks(range(len(summary)), [row["title"] for row in summary.values()])
+    left.invert_yaxis()
+    left.set(xlabel="test accuracy (%)", title="After the last epoch")
+    lowest = min(row["mean"] for row in summary.values())
+    right.set(xlabel="epoch", title="Test accuracy by epoch (%), mean of the seeds")
+    right.set_ylim(lowest - 1, 100)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (left, right):
+        axes.grid(color="#e6e6e6")
+    left.legend(fontsize=7)
+    right.legend(fontsize=7, loc="lower right")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""What tests of the programs in examples/ share."""
+
+import contextlib
+import gzip
+import importlib
+import os
+import signal
+from pathlib import Path
+
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@contextlib.contextmanager
+def imported(name, monkeypatch):
+    """An example's module, imported as the script sees it, with the process left as it was."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.delenv("TORCHQAT_DATA", raising=False)
+    yield importlib.import_module(name)
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def files_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_idx_files(folder, count=20, side=28, suffix=".gz", labels=range(10)):
+    """A tiny MNIST in the format of the real one."""
+    folder.mkdir(parents=True)
+    pack = gzip.compress if suffix else bytes
+    for part in ("train", "t10k"):
+        sizes = b"".join(n.to_bytes(4, "big") for n in (count, side, side))
+        images = b"\x00\x00\x08\x03" + sizes + os.urandom(count * side * side)
+        classes = bytes(labels[i % len(labels)] for i in range(count))
+        (folder / f"{part}-images-idx3-ubyte{suffix}").write_bytes(pack(images))
+        classes = b"\x00\x00\x08\x01" + count.to_bytes(4, "big") + classes
+        (folder / f"{part}-labels-idx1-ubyte{suffix}").write_bytes(pack(classes))

@@ -1,10 +1,10 @@
-"""The activations and weight quantisers that ours are measured against, written as their users would."""
+"""The activations and weight quantizers that ours are measured against, written as their users would."""
 
 import torch
 
 
 def lsq(x, alpha, bits):
-    """Learned step size quantisation in plain torch operators, rounding passed straight through by detach."""
+    """Learned step size quantization in plain torch operators, rounding passed straight through by detach."""
     scaled = (x / alpha).clamp(0, 2**bits - 1)
     return ((scaled.round() - scaled).detach() + scaled) * alpha
 

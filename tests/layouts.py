@@ -8,5 +8,6 @@ LAYOUTS = {
     "transposed": lambda **o: torch.randn(9, 5, 33, **o).transpose(0, 2),
     "sliced": lambda **o: torch.randn(6, 10, 14, **o)[::2, 1:6, 3:11],
     "expanded": lambda **o: torch.randn(3, 5, 1, **o).expand(3, 5, 6),
+    "unaligned": lambda **o: torch.randn(3 * 5 * 21 + 1, **o)[1:].view(3, 5, 21),
     "one_channel": lambda **o: torch.randn(4, 1, 6, **o),
 }

@@ -76,7 +76,7 @@ def staircase_grads(grad, x, alpha, bits, ste, rule, channel_dim=1):
     return grad_x.to(x.dtype), grad_alpha
 
 
-# ---- weight quantisation: BCGD, section 3; the optimum by trying every breakpoint of the step size ----
+# ---- weight quantization: BCGD, section 3; the optimum by trying every breakpoint of the step size ----
 
 
 def top_level(bits):

@@ -1,4 +1,4 @@
-"""What only a GPU can show of every operator: no host synchronisation, CUDA graphs, streams, repeatability,
+"""What only a GPU can show of every operator: no host synchronization, CUDA graphs, streams, repeatability,
 and agreement with the CPU. scripts/gpu_check.sh runs this file under compute-sanitizer too."""
 
 from collections.abc import Callable

@@ -189,7 +189,7 @@ def test_one_bit_is_the_mean_and_the_sign(dtype, device):
 
 
 def assert_channels_alone(w, method, channel_dim):
-    """A channel is quantised as a tensor of its own would be; sums may add up in another order."""
+    """A channel is quantized as a tensor of its own would be; sums may add up in another order."""
     dtype = w.dtype
     quantized, scale = F.quantize_weight(w, 2, method=method, channel_dim=channel_dim)
     assert quantized.dtype == dtype and quantized.stride() == torch.empty_like(w).stride()
@@ -233,7 +233,7 @@ def test_codes_times_scale_are_the_weights(bits, channel_dim, layout, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
-def test_codes_of_quantised_weights_are_their_levels(method, dtype, device):
+def test_codes_of_quantized_weights_are_their_levels(method, dtype, device):
     w = normal(400).to(device=device, dtype=dtype)
     for bits in (2,) if method == "twn" else range(1, 9):
         quantized, scale = F.quantize_weight(w, bits, method=method)
@@ -334,7 +334,7 @@ def test_results_never_require_grad(device):
     quantized, scale = F.quantize_weight(w, 3)
     assert not quantized.requires_grad and not scale.requires_grad
     assert not F.weight_codes(w, scale, 3).requires_grad
-    (quantized * w).sum().backward()  # the quantised weights are constants
+    (quantized * w).sum().backward()  # the quantized weights are constants
     exactly(w.grad, quantized)
 
 

@@ -180,6 +180,24 @@ def test_backward_in_every_layout(layout, rule, per_channel, device):
         torch.testing.assert_close(grad_alpha.double(), expected_alpha, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [None, 1, 3, 8, 17, 40])
+def test_every_number_of_elements_and_length_of_a_channel(channels, dtype, device):
+    """Vectors end, and channels change, at every place in a vector."""
+    for inner in [*range(1, 20), 31, 32, 33, 49, 65, 2001]:
+        x = torch.randn((inner,) if channels is None else (2, channels, inner), dtype=dtype, device=device)
+        alpha = steps(x, channels is not None)
+        grad = torch.randn_like(x)
+        y, grad_x, grad_alpha = run(x, alpha, 2, grad)
+        exactly(y, oracles.staircase(x, alpha, 2))
+        exactly(F.staircase_codes(x, alpha, 2), oracles.level(x, alpha, 2).to(torch.uint8))
+        expected_x, expected_alpha = oracles.staircase_grads(
+            grad, x, alpha, 2, "clipped_relu", "three_valued"
+        )
+        exactly(grad_x, expected_x)
+        torch.testing.assert_close(grad_alpha.double(), expected_alpha, rtol=1e-5, atol=1e-2)
+
+
 @pytest.mark.parametrize("alpha_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_alpha_may_have_any_floating_dtype(dtype, alpha_dtype, device):

@@ -1,4 +1,4 @@
-"""One optimiser step over the weights of a ResNet-18, gradients given."""
+"""One optimizer step over the weights of a ResNet-18, gradients given."""
 
 import torch
 from harness import Contender, Problem, require

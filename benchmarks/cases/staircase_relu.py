@@ -111,7 +111,7 @@ def brevitas_relu(x, grad, finish=lambda relu: relu):
 
 
 def torchao_quantizer(x, grad, granularity):
-    """torchao quantises rows of matrices: the last dimension's for tokens, whole samples for channels."""
+    """torchao quantizes rows of matrices: the last dimension's for tokens, whole samples for channels."""
     qat = require("torchao.quantization.qat")
     symmetric = granularity == "per_channel"
     dtype = torch.int4 if symmetric else torch.int8

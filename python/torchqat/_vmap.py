@@ -88,7 +88,7 @@ def _bounded_alpha(info, in_dims, alpha, *bounds):
 
 def _batch_of_channels(name, weight, channel_dim):
     """Weights with a scale per sample, or per sample and channel, as weights with a scale per index of
-    dimension 0: (weights, function that brings quantised weights back, shape of the scales)."""
+    dimension 0: (weights, function that brings quantized weights back, shape of the scales)."""
     if channel_dim is None:
         return weight, lambda w: w, weight.shape[:1]
     dim = _shifted(name, weight, channel_dim)

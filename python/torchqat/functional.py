@@ -258,7 +258,9 @@ def bcgd_step_(
         y &\leftarrow y - \eta m \quad (y - \eta (d + \mu m) \text{ with nesterov}) \\
         w &\leftarrow \mathrm{Proj}(y)
 
-    with blend :math:`\rho`, weight decay :math:`\lambda`, momentum :math:`\mu`, dampening :math:`\tau`, rate
+    ``params`` must hold what the step before, or ``quantize_weight``, made of ``latents`` and ``scales``: at
+    one bit :math:`w` may be rebuilt from the two rather than read. The symbols are the
+    blend :math:`\rho`, weight decay :math:`\lambda`, momentum :math:`\mu`, dampening :math:`\tau`, rate
     :math:`\eta`. All but the blend and the projection is ``torch.optim.SGD``. Most programs want
     :class:`torchqat.optim.BCGD`, which keeps the lists.
 

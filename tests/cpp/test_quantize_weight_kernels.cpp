@@ -64,7 +64,7 @@ std::vector<opmath_t<T>> channel_of(const std::vector<T>& w, const ChannelSlices
   return values;
 }
 
-// cut, scale, quantised weights and codes.
+// cut, scale, quantized weights and codes.
 template <typename T>
 using Result =
     std::tuple<std::vector<opmath_t<T>>, std::vector<opmath_t<T>>, std::vector<T>, std::vector<int8_t>>;

@@ -43,8 +43,7 @@ class WarmSums {
     peak_ = where(magnitude > peak_, magnitude, peak_);
   }
   template <typename T>
-    requires(!std::is_same_v<T, A>)
-  void add(Vec<T> magnitude) {
+  requires(!std::is_same_v<T, A>) void add(Vec<T> magnitude) {
     for (const auto part : widened(magnitude)) add(part);
   }
   void add_to(math::StepSums<math::kWarmSteps>& sums, int64_t) const {

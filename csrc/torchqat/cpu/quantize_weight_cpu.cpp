@@ -122,7 +122,7 @@ double exact_scale(std::vector<T>& magnitudes, int64_t bits) {
   return std::isfinite(fit.overlap) ? fit.scale() : std::numeric_limits<double>::quiet_NaN();
 }
 
-// The weights of one dtype, being quantised.
+// The weights of one dtype, being quantized.
 template <typename scalar_t>
 class Quantizer {
  public:

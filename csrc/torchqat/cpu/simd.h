@@ -18,7 +18,7 @@
 // Vectors of the instruction set that a file is compiled for: SSE2, which every x86-64 processor has, AVX2 or
 // AVX-512. A file that includes this is compiled once for each, with TORCHQAT_ISA as the name of a namespace:
 // whatever is in it must be in that namespace too, or a function made for one could be linked into another.
-// What adds up adds up in the same order for all, so results are the same bit by bit.
+// But for the order of sums, results are the same bit by bit.
 namespace torchqat::TORCHQAT_ISA {
 
 #if defined(__AVX512F__)

@@ -22,7 +22,7 @@ struct StepRule {
   T weight_decay;
   T keep;  // 1 - blend
   T blend;
-  T divisor;  // of the gradient: the gradient scaler's factor, negative to maximise
+  T divisor;  // of the gradient: the gradient scaler's factor, negative to maximize
   bool nesterov;
 
   // The new y. The direction is torch.optim.SGD's for the gradient g and the blended y.

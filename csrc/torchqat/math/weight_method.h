@@ -7,7 +7,7 @@
 #include "torchqat/math/weight_fit.h"
 #include "torchqat/math/weight_levels.h"
 
-// The ways to quantise weights that share a scale: assign levels by a cut, then fit the scale to them.
+// The ways to quantize weights that share a scale: assign levels by a cut, then fit the scale to them.
 namespace torchqat::math {
 
 enum class WeightMethod {

@@ -11,7 +11,7 @@
 
 namespace torchqat {
 
-// Quantises activations to the b-bit staircase ReLU of step size alpha: 0 for x <= 0, else
+// Quantizes activations to the b-bit staircase ReLU of step size alpha: 0 for x <= 0, else
 // alpha * min(ceil(x / alpha), 2^bits - 1). Backward uses the straight-through estimator `ste` for x and the
 // rule `alpha_grad` for alpha. alpha: one element, or one per channel of `channel_dim`. Result: x's shape,
 // dtype, layout.

@@ -38,6 +38,18 @@ class ColdEvents:
         return self.start.elapsed_time(self.end) * 1e-3
 
 
+def keep_freed_memory():
+    """Makes the C library keep what is freed, as the heap of a training program comes to do. Else an accident
+    of sizes decides which results get new pages from the kernel, and that takes longer than to fill them."""
+    trim_threshold, mmap_max = -1, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another C library
+        return
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_max, 0)
+
+
 def footprint(call, elements, saves, device):
     """Bytes per element that the call takes at its peak beyond what was there, and that its graph keeps."""
     if elements < 100_000:  # pages and allocator blocks would be all there is to see

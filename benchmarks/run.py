@@ -24,6 +24,7 @@ from tqdm import tqdm
 def main():
     options = arguments(sys.argv[1:])
     torch.set_num_threads(options.threads)
+    meters.keep_freed_memory()
     report = {
         "command": " ".join(["python benchmarks/run.py", *sys.argv[1:]]),
         "device": options.device,

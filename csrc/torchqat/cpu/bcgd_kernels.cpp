@@ -3,7 +3,8 @@
 
 #include <algorithm>
 
-#include "torchqat/cpu/simd.h"
+#include "torchqat/cpu/simd_memory.h"
+#include "torchqat/cpu/simd_sums.h"
 
 namespace torchqat::TORCHQAT_ISA {
 namespace {

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "torchqat/cpu/instruction_set.h"
 #include "torchqat/math/bcgd.h"
 
 // The loops of bcgd_step_ over runs of consecutive memory, for one thread. S is the dtype of the parameter, T
@@ -44,17 +45,12 @@ struct BcgdKernels {
   void (*write)(S* w, const T* y, int64_t count, T scale, const Levels<T>& levels);
 };
 
-namespace sse2 {
-template <typename S, typename T>
-const BcgdKernels<S, T>& bcgd_kernels();
-}
-namespace avx2 {
-template <typename S, typename T>
-const BcgdKernels<S, T>& bcgd_kernels();
-}
-namespace avx512 {
-template <typename S, typename T>
-const BcgdKernels<S, T>& bcgd_kernels();
-}
+#define DECLARE(isa)                       \
+  namespace isa {                          \
+  template <typename S, typename T>        \
+  const BcgdKernels<S, T>& bcgd_kernels(); \
+  }
+TORCHQAT_FOR_EACH_ISA(DECLARE)
+#undef DECLARE
 
 }  // namespace torchqat

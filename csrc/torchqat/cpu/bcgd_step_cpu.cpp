@@ -11,7 +11,6 @@
 #include "torchqat/cpu/bcgd_kernels.h"
 #include "torchqat/cpu/bcgd_step_slices.h"
 #include "torchqat/cpu/bcgd_step_ternary.h"
-#include "torchqat/cpu/instruction_set.h"
 #include "torchqat/math/bcgd.h"
 #include "torchqat/ops/bcgd_step.h"
 
@@ -22,15 +21,7 @@ using math::Projection;
 
 template <typename S>
 const auto& kernels() {
-  using T = at::opmath_type<S>;
-  switch (instruction_set()) {
-    case InstructionSet::avx512:
-      return avx512::bcgd_kernels<S, T>();
-    case InstructionSet::avx2:
-      return avx2::bcgd_kernels<S, T>();
-    default:
-      return sse2::bcgd_kernels<S, T>();
-  }
+  return TORCHQAT_BEST_ISA(bcgd_kernels<S, at::opmath_type<S>>());
 }
 
 // A parameter as pointers.

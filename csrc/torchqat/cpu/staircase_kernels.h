@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "torchqat/cpu/instruction_set.h"
 #include "torchqat/math/channel_view.h"
 #include "torchqat/math/staircase_backward.h"
 
@@ -35,17 +36,12 @@ struct StaircaseKernels {
   BackwardFromX backward_from_x[std::tuple_size_v<math::SteCatalogue>];
 };
 
-namespace sse2 {
-template <typename S, typename T>
-const StaircaseKernels<S, T>& staircase_kernels();
-}
-namespace avx2 {
-template <typename S, typename T>
-const StaircaseKernels<S, T>& staircase_kernels();
-}
-namespace avx512 {
-template <typename S, typename T>
-const StaircaseKernels<S, T>& staircase_kernels();
-}
+#define DECLARE(isa)                                 \
+  namespace isa {                                    \
+  template <typename S, typename T>                  \
+  const StaircaseKernels<S, T>& staircase_kernels(); \
+  }
+TORCHQAT_FOR_EACH_ISA(DECLARE)
+#undef DECLARE
 
 }  // namespace torchqat

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "torchqat/cpu/instruction_set.h"
 #include "torchqat/cpu/staircase_kernels.h"
 #include "torchqat/math/region_code.h"
 #include "torchqat/ops/layout.h"
@@ -18,15 +17,7 @@ namespace {
 
 template <typename S>
 const auto& kernels() {
-  using T = at::opmath_type<S>;
-  switch (instruction_set()) {
-    case InstructionSet::avx512:
-      return avx512::staircase_kernels<S, T>();
-    case InstructionSet::avx2:
-      return avx2::staircase_kernels<S, T>();
-    default:
-      return sse2::staircase_kernels<S, T>();
-  }
+  return TORCHQAT_BEST_ISA(staircase_kernels<S, at::opmath_type<S>>());
 }
 
 // Elements that one thread takes at a time, a multiple of the eight that share a word of regions.

@@ -1,0 +1,60 @@
+#pragma once
+
+#include <immintrin.h>
+
+#include <array>
+
+#include "torchqat/cpu/simd_memory.h"
+
+// Sums in float64.
+namespace torchqat::TORCHQAT_ISA {
+
+// v in float64: one vector, or two.
+inline std::array<Vec<double>, 1> widened(Vec<double> v) { return {v}; }
+#if defined(__AVX512F__)
+inline std::array<Vec<double>, 2> widened(Vec<float> v) {
+  return {Vec<double>(_mm512_cvtps_pd(_mm512_castps512_ps256(v.raw))),
+          Vec<double>(_mm512_cvtps_pd(_mm512_extractf32x8_ps(v.raw, 1)))};
+}
+#elif defined(__AVX2__)
+inline std::array<Vec<double>, 2> widened(Vec<float> v) {
+  return {Vec<double>(_mm256_cvtps_pd(_mm256_castps256_ps128(v.raw))),
+          Vec<double>(_mm256_cvtps_pd(_mm256_extractf128_ps(v.raw, 1)))};
+}
+#else
+inline std::array<Vec<double>, 2> widened(Vec<float> v) {
+  return {Vec<double>(_mm_cvtps_pd(v.raw)), Vec<double>(_mm_cvtps_pd(_mm_movehl_ps(v.raw, v.raw)))};
+}
+#endif
+
+// Adds v, lane by lane, to as many sums in float64.
+template <typename T>
+void add_lanes(double* sums, Vec<T> v) {
+  for (const auto part : widened(v)) {
+    store(sums, load(sums) + part);
+    sums += part.size;
+  }
+}
+
+// Eight sums, of what is added to each eighth lane, and their total in a fixed order.
+class LaneSums {
+ public:
+  // To those of the lanes from `lane` on.
+  template <typename T>
+  void add(int lane, Vec<T> v) {
+    for (const auto part : widened(v)) {
+      auto& sum = sums_[lane % 8 / Vec<double>::size];
+      sum = sum + part;
+      lane += part.size;
+    }
+  }
+  double total() const {
+    const auto s = [&](int lane) { return sums_[lane / Vec<double>::size].raw[lane % Vec<double>::size]; };
+    return ((s(0) + s(1)) + (s(2) + s(3))) + ((s(4) + s(5)) + (s(6) + s(7)));
+  }
+
+ private:
+  Vec<double> sums_[8 / Vec<double>::size] = {};
+};
+
+}  // namespace torchqat::TORCHQAT_ISA

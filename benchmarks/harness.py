@@ -119,7 +119,7 @@ def interleave(calls, blocks, device, effort, advance):
     for done in range(effort.most):
         if done >= effort.least and time.perf_counter() - start > effort.seconds:
             break
-        shuffle(order)  # so that no one always follows the same neighbour's caches
+        shuffle(order)  # so that no one always follows the same neighbor's caches
         for name in order:
             advance(name)
             alone = events is not None and blocks[name] <= EVENT_BLOCK

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
       } else {
         out[i] = static_cast<out_t>(stair(v));
       }
-      word |= begin + i < n ? math::region_bits(stair.region(v), i) : 0;
+      word |= begin + i < n ? math::region_word(stair.region(v), i) : 0;
       const int64_t channel = at.channel;
       at.next();
       if (at.channel != channel) stair = steps.of_channel(at.channel);
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partial[blockIdx.x] = static_cast<double>(sum);
 }
 
-// The same where channels alternate element by element: a block takes 32 neighbouring channels of a slice of
+// The same where channels alternate element by element: a block takes 32 neighboring channels of a slice of
 // rows.
 template <typename Kept, typename scalar_t, typename opmath_t>
 __global__ void __launch_bounds__(kThreads)

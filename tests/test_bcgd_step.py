@@ -563,3 +563,17 @@ def test_columns_of_one_matrix_step_as_tensors_of_their_own():
         case.step()
     for a, b in zip(alone.params, joined.params, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_large_latents_have_a_scale(bits, device):
+    """Their squares and sums are far beyond float32."""
+    case = Case([(3000,)], bits, device=device)
+    case.options["blend"] = 0.0
+    case.latents[0].uniform_(1e34, 2e34)
+    scale = F.quantize_weight(case.latents[0], bits)[1]
+    case.scales[0].copy_(scale)
+    case.params[0].copy_(scale)
+    case.step()
+    torch.testing.assert_close(case.scales[0], scale, rtol=0.05, atol=0)
+    assert case.params[0].isfinite().all()

@@ -84,7 +84,7 @@ __global__ void block_sum_kernel(const float* x, float* sum) {
   if (threadIdx.x == 0) *sum = total;
 }
 
-// In each warp neighbours first, then neighbouring pairs, ..; then the warps one after the other.
+// In each warp neighbors first, then neighboring pairs, ..; then the warps one after the other.
 float sum_as_cub(std::vector<float> x) {
   float sum = 0;
   for (size_t warp = 0; warp < x.size(); warp += 32) {

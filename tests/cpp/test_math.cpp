@@ -249,7 +249,7 @@ AlphaSlope alpha_slope(int bits) {
   return {Rule::exact, static_cast<float>(Rule::inside(top)), static_cast<float>(top)};
 }
 
-// The points where the slopes change, their neighbours, and the middle of the pieces.
+// The points where the slopes change, their neighbors, and the middle of the pieces.
 template <typename T>
 std::vector<T> backward_points(T alpha, int bits) {
   std::vector<T> points = {-kInf<T>, T(-1), -kTiny<T>, T(-0.0), T(0), kTiny<T>, kInf<T>};
@@ -343,7 +343,7 @@ TEST(RegionCode, KeepsEightElementsInAWord) {
   for (const int64_t n : {0, 1, 7, 8, 9, 16, 17})
     EXPECT_EQ(region_words(n), std::ceil(static_cast<double>(n) / 8));
   uint16_t word = 0;
-  for (int i = 0; i < kRegionsPerWord; ++i) word |= region_bits(static_cast<Region>(i * 3 % 4), i);
+  for (int i = 0; i < kRegionsPerWord; ++i) word |= region_word(static_cast<Region>(i * 3 % 4), i);
   for (int i = 0; i < kRegionsPerWord; ++i) EXPECT_EQ(region_at(word, i), static_cast<Region>(i * 3 % 4));
 }
 

@@ -91,7 +91,7 @@ std::vector<uint16_t> region_words(const Shape& shape, const std::vector<T>& x,
   std::vector<uint16_t> words(math::region_words(shape.n), 0);
   for (int64_t p = 0; p < shape.n; ++p) {
     const Staircase<opmath_t<T>> stair(alpha[shape.view.channel_at(p)], bits);
-    words[p / 8] |= math::region_bits(stair.region(static_cast<opmath_t<T>>(x[p])), static_cast<int>(p % 8));
+    words[p / 8] |= math::region_word(stair.region(static_cast<opmath_t<T>>(x[p])), static_cast<int>(p % 8));
   }
   return words;
 }

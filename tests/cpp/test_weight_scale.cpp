@@ -38,7 +38,7 @@ const std::vector<Kind>& kinds() {
        [](auto&, int64_t i, int64_t) { return std::sqrt(double(i + 1)) - std::sqrt(double(i)); }},
       {"all equal", [](auto&, int64_t, int64_t) { return 0.1; }},
       {"two values", [](auto&, int64_t i, int64_t) { return i % 7 == 0 ? 1.0 : 1e-3; }},
-      {"neighbours", [](auto& r, int64_t, int64_t) { return 0.1 + 1e-8 * static_cast<double>(r() % 5); }},
+      {"neighbors", [](auto& r, int64_t, int64_t) { return 0.1 + 1e-8 * static_cast<double>(r() % 5); }},
       {"two clusters",
        [](auto& r, int64_t, int64_t) { return (r() % 2 ? 1.0 : 0.3) * (1 + 1e-6 * normal(r)); }},
       {"on a grid", [](auto& r, int64_t, int64_t) { return 0.013 * static_cast<double>(r() % 8); }},

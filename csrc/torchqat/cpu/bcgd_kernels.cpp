@@ -2,6 +2,7 @@
 #include "torchqat/cpu/bcgd_kernels.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "torchqat/cpu/simd_memory.h"
 #include "torchqat/cpu/simd_sums.h"
@@ -13,10 +14,11 @@ namespace {
 template <typename T>
 class TopSums {
  public:
-  void add(Vec<T> magnitude) {
-    sum_.add(0, magnitude);
+  void add(int lane, Vec<T> magnitude) {
+    sum_.add(lane, magnitude);
     peak_ = where(magnitude > peak_, magnitude, peak_);
   }
+  void end_group() {}
   void add_to(math::StepSums<1>& sums, int64_t count) const {
     sums.fits[0] = sums.fits[0] + math::WeightFit{static_cast<double>(count), sum_.total()};
     sums.peak = std::max(sums.peak, static_cast<double>(largest(peak_)));
@@ -27,64 +29,97 @@ class TopSums {
   Vec<T> peak_ = T(0);
 };
 
-// Sums over the assignments of the warm start, in A: float64, or T.
-template <typename A>
+// Sums over the assignments of the warm start. Squares of levels are below 2^14: float32 adds up those of a
+// run, 2^11 at most, of which a lane has a fourth or less, without rounding. Products with magnitudes add up
+// in float64: all of them where `exact`, else sums of a few in T.
+template <typename T, bool exact>
 class WarmSums {
  public:
-  template <typename T>
   explicit WarmSums(const math::WarmLevel<T> (&levels)[math::kWarmSteps]) {
-    for (int i = 0; i < math::kWarmSteps; ++i) levels_[i] = math::WarmLevel<Vec<A>>(levels[i]);
+    for (int i = 0; i < math::kWarmSteps; ++i) levels_[i] = math::WarmLevel<Vec<T>>(levels[i]);
   }
-  void add(Vec<A> magnitude) {
+  void add(int lane, Vec<T> magnitude) {
+    [[maybe_unused]] const int part = lane / Vec<T>::size;
     for (int i = 0; i < math::kWarmSteps; ++i) {
-      const Vec<A> q = levels_[i](magnitude);
+      const Vec<T> q = levels_[i](magnitude);
       energy_[i] = energy_[i] + q * q;
-      overlap_[i] = overlap_[i] + magnitude * q;
+      if constexpr (exact) {
+        overlap_[i].add_products(lane, magnitude, q);
+      } else {
+        recent_[i][part] = recent_[i][part] + magnitude * q;
+      }
     }
     peak_ = where(magnitude > peak_, magnitude, peak_);
   }
-  template <typename T>
-  requires(!std::is_same_v<T, A>) void add(Vec<T> magnitude) {
-    for (const auto part : widened(magnitude)) add(part);
+  void end_group() {
+    if (!exact && ++groups_ % kFewGroups == 0) gather();
   }
-  void add_to(math::StepSums<math::kWarmSteps>& sums, int64_t) const {
+  // Whether sums of a few products are far from overflow.
+  bool in_range() const {
+    return largest(peak_) < std::numeric_limits<T>::max() / (math::weight_top(8) * (kFewGroups + 1));
+  }
+  void add_to(math::StepSums<math::kWarmSteps>& sums, int64_t) {
+    gather();
     for (int i = 0; i < math::kWarmSteps; ++i) {
-      sums.fits[i] = sums.fits[i] + math::WeightFit{total(energy_[i]), total(overlap_[i])};
+      sums.fits[i] = sums.fits[i] + math::WeightFit{total(energy_[i]), overlap_[i].total()};
     }
     sums.peak = std::max(sums.peak, static_cast<double>(largest(peak_)));
   }
 
  private:
-  math::WarmLevel<Vec<A>> levels_[math::kWarmSteps];
-  Vec<A> energy_[math::kWarmSteps] = {};
-  Vec<A> overlap_[math::kWarmSteps] = {};
-  Vec<A> peak_ = A(0);
+  static constexpr int kFewGroups = 8;
+
+  void gather() {
+    for (int i = 0; i < math::kWarmSteps; ++i) {
+      for (int lane = 0; lane < kGroup; lane += Vec<T>::size) {
+        overlap_[i].add(lane, recent_[i][lane / Vec<T>::size]);
+        recent_[i][lane / Vec<T>::size] = T(0);
+      }
+    }
+  }
+
+  math::WarmLevel<Vec<T>> levels_[math::kWarmSteps];
+  Vec<T> energy_[math::kWarmSteps] = {};
+  Vec<T> recent_[math::kWarmSteps][kGroup / Vec<T>::size] = {};
+  LaneSums overlap_[math::kWarmSteps];
+  Vec<T> peak_ = T(0);
+  int groups_ = 0;
 };
 
-// Calls step(w, g, y, buffer) for a vector of elements of the run after the other, then for a copy of what is
-// left over, padded by zeros; sums.add() sees the new magnitudes, and 0 for the padding.
+// Calls f(y) for all groups of a run.
+template <typename T, typename F>
+void for_each_group(const T* y, int64_t count, F&& f) {
+  int64_t i = 0;
+  for (; i + kGroup <= count; i += kGroup) f(y + i);
+  if (i < count) f(Padded<T>(y + i, count - i));
+}
+
+// Calls step(w, g, y, buffer), which returns the new y of a vector, for all of the run; sums.add() sees the
+// magnitudes. What is left over at the end is padded by zeros, which add nothing.
 template <typename S, typename T, typename Step, typename Sums>
 void for_each_vector(const BcgdRun<S, T>& run, Step&& step, Sums& sums) {
   constexpr int size = Vec<T>::size;
   int64_t i = 0;
-  for (; i + size <= run.count; i += size) {
-    sums.add(magnitude(step(run.w + i, run.g + i, run.y + i, run.buffer ? run.buffer + i : nullptr)));
+  for (; i + kGroup <= run.count; i += kGroup) {
+    for (int lane = 0; lane < kGroup; lane += size) {
+      const int64_t p = i + lane;
+      sums.add(lane, magnitude(step(run.w + p, run.g + p, run.y + p, run.buffer ? run.buffer + p : nullptr)));
+    }
+    sums.end_group();
   }
   const int64_t left = run.count - i;
   if (left == 0) return;
-  S w[size] = {};
-  S g[size] = {};
-  T y[size] = {};
-  T buffer[size] = {};
-  std::copy_n(run.w + i, left, w);
-  std::copy_n(run.g + i, left, g);
-  std::copy_n(run.y + i, left, y);
-  if (run.buffer) std::copy_n(run.buffer + i, left, buffer);
-  step(w, g, y, run.buffer ? buffer : nullptr);
-  if (run.buffer) std::copy_n(buffer, left, run.buffer + i);
-  std::copy_n(y, left, run.y + i);
-  std::fill(y + left, y + size, T(0));
-  sums.add(magnitude(load(y)));
+  const Padded<S> w(run.w + i, left);
+  const Padded<S> g(run.g + i, left);
+  Padded<T> y(run.y + i, left);
+  Padded<T> buffer(run.buffer ? run.buffer + i : run.y + i, left);
+  for (int lane = 0; lane < kGroup; lane += size) {
+    step(w.values + lane, g.values + lane, y.values + lane, run.buffer ? buffer.values + lane : nullptr);
+  }
+  std::copy_n(y.values, left, run.y + i);
+  if (run.buffer) std::copy_n(buffer.values, left, run.buffer + i);
+  const Padded<T> made(y, left);
+  for (int lane = 0; lane < kGroup; lane += size) sums.add(lane, magnitude(load(made.values + lane)));
 }
 
 // One step; w_of(w, y) is the vector of quantized weights.
@@ -129,16 +164,24 @@ TORCHQAT_ALL_INLINE void update_binary(const BcgdRun<S, T>& run, const math::Ste
 
 template <typename S, typename T>
 TORCHQAT_ALL_INLINE void update_warm(const BcgdRun<S, T>& run, const math::StepRule<T>& rule, bool first,
-                                     const math::WarmLevel<T> (&levels)[math::kWarmSteps],
+                                     const math::WarmLevel<T> (&levels)[math::kWarmSteps], bool few,
                                      math::StepSums<math::kWarmSteps>& sums) {
-  const auto with = [&](auto own) {
+  const auto step_with = [&](auto& own) {
     step_run(
         run, rule, first, [](const S* w, Vec<T>) { return load(w); }, own);
-    own.add_to(sums, run.count);
   };
-  // Few weights have assignments that are equally good but for rounding. The roundings of many even out.
-  constexpr int64_t kMany = 512;
-  run.count < kMany ? with(WarmSums<double>(levels)) : with(WarmSums<T>(levels));
+  WarmSums<T, true> exact(levels);
+  if (few) {
+    step_with(exact);
+  } else {
+    WarmSums<T, false> own(levels);
+    step_with(own);
+    if (own.in_range()) return own.add_to(sums, run.count);
+    for_each_group(run.y, run.count, [&](const T* y) {
+      for (int lane = 0; lane < kGroup; lane += Vec<T>::size) exact.add(lane, magnitude(load(y + lane)));
+    });
+  }
+  exact.add_to(sums, run.count);
 }
 
 // Calls f(rule), where rule(magnitude) is the level.
@@ -158,16 +201,14 @@ TORCHQAT_ALL_INLINE void fit(const T* y, int64_t count, const Levels<T>& levels,
   with_levels(levels, [&](const auto& level) {
     LaneSums energy;
     LaneSums overlap;
-    const auto add = [&](Vec<T> m) {
-      const Vec<T> q = level(m);
-      energy.add(0, q * q);
-      overlap.add(0, m * q);
-    };
-    int64_t i = 0;
-    for (; i + Vec<T>::size <= count; i += Vec<T>::size) add(magnitude(load(y + i)));
-    T left[Vec<T>::size] = {};
-    std::copy_n(y + i, count - i, left);
-    if (i < count) add(magnitude(load(left)));
+    for_each_group(y, count, [&](const T* group) {
+      for (int lane = 0; lane < kGroup; lane += Vec<T>::size) {
+        const Vec<T> m = magnitude(load(group + lane));
+        const Vec<T> q = level(m);
+        energy.add(lane, q * q);
+        overlap.add_products(lane, m, q);
+      }
+    });
     fit = fit + math::WeightFit{energy.total(), overlap.total()};
   });
 }
@@ -175,15 +216,18 @@ TORCHQAT_ALL_INLINE void fit(const T* y, int64_t count, const Levels<T>& levels,
 template <typename S, typename T>
 TORCHQAT_ALL_INLINE void write(S* w, const T* y, int64_t count, T scale, const Levels<T>& levels) {
   with_levels(levels, [&](const auto& level) {
-    const auto value = [&](Vec<T> v) { return Vec<T>(scale) * math::with_sign_of(v, level(magnitude(v))); };
+    const auto write_group = [&](S* to, const T* from) {
+      for (int lane = 0; lane < kGroup; lane += Vec<T>::size) {
+        const Vec<T> v = load(from + lane);
+        store(to + lane, Vec<T>(scale) * math::with_sign_of(v, level(magnitude(v))));
+      }
+    };
     int64_t i = 0;
-    for (; i + Vec<T>::size <= count; i += Vec<T>::size) store(w + i, value(load(y + i)));
+    for (; i + kGroup <= count; i += kGroup) write_group(w + i, y + i);
     if (i == count) return;
-    T left[Vec<T>::size] = {};
-    S out[Vec<T>::size];
-    std::copy_n(y + i, count - i, left);
-    store(out, value(load(left)));
-    std::copy_n(out, count - i, w + i);
+    S left[kGroup];
+    write_group(left, Padded<T>(y + i, count - i));
+    std::copy_n(left, count - i, w + i);
   });
 }
 

@@ -36,9 +36,10 @@ struct BcgdKernels {
   // ... the same for one bit, whose w is not read: it is `scale` with the sign of y; ...
   void (*update_binary)(const BcgdRun<S, T>& run, const math::StepRule<T>& rule, bool first, T scale,
                         math::StepSums<1>& sums);
-  // ... or those of the warm start.
+  // ... or those of the warm start. Where a scale has `few` weights, assignments may be equally good but for
+  // rounding, and sums are exact; the roundings of many even out.
   void (*update_warm)(const BcgdRun<S, T>& run, const math::StepRule<T>& rule, bool first,
-                      const math::WarmLevel<T> (&levels)[math::kWarmSteps],
+                      const math::WarmLevel<T> (&levels)[math::kWarmSteps], bool few,
                       math::StepSums<math::kWarmSteps>& sums);
   void (*fit)(const T* y, int64_t count, const Levels<T>& levels, math::WeightFit& fit);
   // w = scale * level.

@@ -37,6 +37,7 @@ struct Target {
         buffer(item.buffer.defined() ? item.buffer.mutable_data_ptr<opmath_t>() : nullptr),
         steps(item.steps.defined() ? item.steps.mutable_data_ptr<float>() : nullptr),
         view(item.view),
+        per_scale(item.param.numel() / item.view.channels),
         scales(item.scale.numel()) {}
 
   scalar_t* w;
@@ -46,8 +47,12 @@ struct Target {
   opmath_t* buffer;
   float* steps;
   math::ChannelView view;
+  int64_t per_scale;  // weights that share a scale
   int64_t scales;
 };
+
+// Weights of a scale from which on the warm start may add up some of its sums in float32.
+constexpr int64_t kMany = 512;
 
 // One step of a few parameters of one dtype.
 template <typename scalar_t>
@@ -132,7 +137,7 @@ class GroupStep {
       const BcgdRun<scalar_t, opmath_t> run{t.w + p, t.g + p, t.y + p, t.buffer ? t.buffer + p : nullptr,
                                             count};
       if constexpr (N > 1) {
-        kernels<scalar_t>().update_warm(run, rule_, first, levels, sums);
+        kernels<scalar_t>().update_warm(run, rule_, first, levels, t.per_scale < kMany, sums);
       } else if (projection_ == Projection::mean) {
         kernels<scalar_t>().update_binary(run, rule_, first, before, sums);
       } else {

@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "torchqat/math/bcgd.h"
 #include "torchqat/math/channel_view.h"
 
 // How the CPU step cuts its work and adds up: by the shapes alone, so that no result depends on the threads.

@@ -9,14 +9,19 @@
 
 #include "torchqat/math/select.h"
 
-// For a function with loops over vectors: a call in it, however deep, would pass vectors through memory.
+// For a function with loops over vectors: all that it calls, however deep, becomes part of it. A call would
+// pass vectors through memory, and could be linked into a file made for another instruction set.
 #define TORCHQAT_ALL_INLINE [[gnu::flatten]]
 
 // Vectors of the instruction set that a file is compiled for: SSE2, which every x86-64 processor has, AVX2 or
-// AVX-512. A file that includes this is compiled once for each, with TORCHQAT_ISA as the name of a namespace:
-// whatever is in it must be in that namespace too, or a function made for one could be linked into another.
-// But for the order of sums, results are the same bit by bit.
+// AVX-512. A file that includes this is compiled once for each, with TORCHQAT_ISA as the name of a namespace,
+// in which all that it defines must be. But for the payload of half-precision NaN, results are the same bit
+// by bit.
 namespace torchqat::TORCHQAT_ISA {
+
+// Elements that are taken together on every instruction set, so that sums have one order: the widest vector
+// of floats.
+constexpr int kGroup = 16;
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -151,11 +156,9 @@ Vec<T> ceiling(Vec<T> x) {
   const Vec<T> up = where(whole < x, whole + Vec<T>(1), whole);
   return where(x == x, up, x);
 }
-// Of what is not negative.
-template <typename T>
-Vec<T> nearest(Vec<T> x) {
-  return ceiling(x - Vec<T>(T(0.5)));
-}
+// Of what is not negative and below the number from which on the format has whole numbers alone.
+inline Vec<float> nearest(Vec<float> x) { return (x + Vec<float>(0x1p23F)) - Vec<float>(0x1p23F); }
+inline Vec<double> nearest(Vec<double> x) { return (x + Vec<double>(0x1p52)) - Vec<double>(0x1p52); }
 inline unsigned to_bits(Mask<float> m) { return _mm_movemask_ps(bit_cast<__m128>(m.bits)); }
 inline unsigned to_bits(Mask<double> m) { return _mm_movemask_pd(bit_cast<__m128d>(m.bits)); }
 #endif

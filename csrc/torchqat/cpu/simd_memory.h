@@ -4,6 +4,7 @@
 #include <c10/util/Half.h>
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -87,6 +88,16 @@ inline void store(c10::Half* to, Vec<float> v) {
   for (int i = 0; i < Vec<float>::size; ++i) to[i] = static_cast<c10::Half>(v.raw[i]);
 }
 #endif
+
+// What is left of an array at its end, as a group: what is past `count` is 0.
+template <typename S>
+struct Padded {
+  S values[kGroup] = {};
+
+  Padded(const S* from, int64_t count) { std::copy_n(from, count, values); }
+  operator const S*() const { return values; }
+  operator S*() { return values; }
+};
 
 // Whole numbers of 0..255 as bytes.
 #ifdef __AVX512F__

@@ -36,16 +36,26 @@ void add_lanes(double* sums, Vec<T> v) {
   }
 }
 
-// Eight sums, of what is added to each eighth lane, and their total in a fixed order.
+// Sums of a group's lanes i and i + 8, for i = 0..7, and their total: in an order that vectors do not show
+// in.
 class LaneSums {
  public:
-  // To those of the lanes from `lane` on.
+  // v holds the lanes from `lane` on.
   template <typename T>
   void add(int lane, Vec<T> v) {
     for (const auto part : widened(v)) {
-      auto& sum = sums_[lane % 8 / Vec<double>::size];
-      sum = sum + part;
+      add_part(lane, part);
       lane += part.size;
+    }
+  }
+  // Their products, which float64 holds in full for float32.
+  template <typename T>
+  void add_products(int lane, Vec<T> a, Vec<T> b) {
+    const auto wide_a = widened(a);
+    const auto wide_b = widened(b);
+    for (size_t i = 0; i < wide_a.size(); ++i) {
+      add_part(lane, wide_a[i] * wide_b[i]);
+      lane += wide_a[i].size;
     }
   }
   double total() const {
@@ -54,6 +64,11 @@ class LaneSums {
   }
 
  private:
+  void add_part(int lane, Vec<double> part) {
+    auto& sum = sums_[lane % 8 / part.size];
+    sum = sum + part;
+  }
+
   Vec<double> sums_[8 / Vec<double>::size] = {};
 };
 

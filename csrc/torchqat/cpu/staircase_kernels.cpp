@@ -28,15 +28,6 @@ struct GroupRegions {
   }
 };
 
-// A group; what is past `count` is 0.
-template <typename S>
-struct Padded {
-  S values[kGroup] = {};
-
-  Padded(const S* from, int64_t count) { std::copy_n(from, count, values); }
-  operator const S*() const { return values; }
-};
-
 template <typename S, typename Piece>
 GroupRegions forward_group(const S* x, S* y, const Piece& piece, int64_t place) {
   using V = Vec<OpMath<S>>;

@@ -12,8 +12,7 @@
 // How the loops of staircase_relu cut memory where the step size changes.
 namespace torchqat::TORCHQAT_ISA {
 
-// Elements that are taken together: a vector of floats, and whole words of regions.
-constexpr int kGroup = std::max(Vec<float>::size, math::kRegionsPerWord);
+static_assert(kGroup % math::kRegionsPerWord == 0);
 
 // The staircases of a piece of memory, by the place in it, and what the piece adds to the sums of channels.
 // A piece that lies in one channel, ...

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -50,7 +49,7 @@ enum class Projection {
 };
 
 // Step sizes that a warm start tries, as shares of the scale before. One Lloyd step alone stays in the next
-// local optimum, of which there are many at eight bits; the neighbours get it out.
+// local optimum, of which there are many at eight bits; the neighbors get it out.
 constexpr int kWarmSteps = 5;
 TORCHQAT_HD inline double warm_share(int i) {
   constexpr double shares[kWarmSteps] = {1, 31. / 32, 33. / 32, 7. / 8, 9. / 8};
@@ -123,11 +122,6 @@ TORCHQAT_HD double scale_after_update(const StepSums<N>& sums, Projection projec
     default:
       return sums.scale();
   }
-}
-
-// True where the largest |y| plays a part.
-TORCHQAT_HD constexpr bool needs_peak(Projection p) {
-  return p == Projection::warm || p == Projection::lloyd;
 }
 
 // True where another pass over y fits the scale to the levels.

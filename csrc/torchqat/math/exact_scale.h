@@ -93,7 +93,7 @@ class ExactScaleSearch {
     const double bound = score_bound(upper.fit, lower.fit, high / 2, low / 2);
     if (!(bound > best_.score() * (1 + kScoreSlack))) return false;
     if (depth_ + 1 == Team::kDepth) forget_one();
-    // Geometric halves reach neighbouring doubles from any range in a few dozen splits.
+    // Geometric halves reach neighboring doubles from any range in a few dozen splits.
     const double middle = low > 0 ? std::fmin(std::sqrt(low) * std::sqrt(high), high) : high / 2;
     const StepState state = evaluate(middle > low ? middle : high);
     if (state.fit.score() > best_.score()) best_ = state.fit;

@@ -15,7 +15,7 @@ constexpr int kRegionsPerWord = 8;
 TORCHQAT_HD constexpr int64_t region_words(int64_t n) { return (n + kRegionsPerWord - 1) / kRegionsPerWord; }
 
 // The word's share of one element; the words of eight elements are or-ed together.
-TORCHQAT_HD constexpr uint16_t region_bits(Region region, int i) {
+TORCHQAT_HD constexpr uint16_t region_word(Region region, int i) {
   const unsigned code = static_cast<unsigned>(region);
   return static_cast<uint16_t>(((code & 1u) | (code & 2u) << 7) << i);
 }

@@ -8,11 +8,11 @@
 
 namespace torchqat::math {
 
-// Where an activation falls. Two bits: all that the backward pass of most STEs needs to keep.
-enum class Region : uint8_t { below = 0, inside = 1, above = 2, nan = 3 };
-
 // Highest step index of a b-bit staircase.
 TORCHQAT_HD constexpr int staircase_top(int64_t bits) { return (1 << bits) - 1; }
+
+// Where an activation falls. Two bits: all that the backward pass of most STEs needs to keep.
+enum class Region : uint8_t { below = 0, inside = 1, above = 2, nan = 3 };
 
 // Its two bits apart. M is bool, or what a comparison of SIMD vectors gives.
 template <typename M>

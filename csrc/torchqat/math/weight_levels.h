@@ -22,8 +22,7 @@ struct KeptLevel {
   TORCHQAT_HD T operator()(T magnitude) const { return where(magnitude >= threshold, T(1), T(0)); }
 };
 // The nearest of 0..top for step size `step`, ties towards zero as in the authors' code: level j on
-// (j - 1/2, j + 1/2] * step. NaN, and any magnitude where step is not > 0, has level 0. In operations that a
-// compiler turns into SIMD code.
+// (j - 1/2, j + 1/2] * step. NaN, and any magnitude where step is not > 0, has level 0.
 template <typename T>
 struct NearestLevel {
   T step = 1;

@@ -106,11 +106,13 @@ void check_tensors(const BcgdStep& s, size_t i) {
                     s.steps[i].sym_sizes());
 }
 
-// Where a tensor that the step writes lies in its storage.
+// Where a tensor that the step writes lies in its storage, in bytes. Of a tensor that is not dense it is the
+// first element alone: those of others may lie between its own, and whether they meet later on is not looked
+// at.
 struct Extent {
   const void* storage;
-  int64_t begin,
-      end;  // bytes; of tensors that are not dense the first byte, as others may lie between theirs
+  int64_t begin;
+  int64_t end;
   const char* list;
   size_t i;
 };

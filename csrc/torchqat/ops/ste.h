@@ -4,6 +4,7 @@
 
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 
 #include "torchqat/math/staircase_backward.h"
@@ -29,12 +30,13 @@ void with_ste(std::string_view ste, F&& f) {
                     names_of<math::SteCatalogue>());
 }
 
-// Its place in the catalogue.
+// The place of the STE in math::SteCatalogue.
 inline size_t ste_index(std::string_view ste) {
   size_t index = 0;
-  size_t next = 0;
-  std::apply([&](auto... member) { ((member.name == ste ? index = next : 0, ++next), ...); },
-             math::SteCatalogue{});
+  with_ste(ste, [&]<typename Ste>(Ste) {
+    std::apply([&](auto... member) { ((std::is_same_v<decltype(member), Ste> || (++index, false)) || ...); },
+               math::SteCatalogue{});
+  });
   return index;
 }
 

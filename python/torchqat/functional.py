@@ -269,9 +269,8 @@ def bcgd_step_(
     to the levels that the best of the five assigns. Started from the exact scale, the squared error of the
     projection then stays on average within 1 % (3 and 4 bits) and 5 % (8 bits) of the least possible over
     hundreds of steps of a noisy quadratic; a test states it. It can stay behind for some steps after a jump,
-    and for good where few latents run far away from the rest: trained on digits, the worst layer of the
-    example's network lies on average 0.02 % (3 bits), 0.3 % (4 bits) and 11 % (8 bits) above the least. At
-    one and two bits ``exact`` is the optimum at each step.
+    and for good where few latents run far away from the rest, which matters most at eight bits. At one and
+    two bits ``exact`` is the optimum at each step.
 
     Args:
         params: the quantized weights; float64, float32, bfloat16 or float16, in any mixture, on one device.

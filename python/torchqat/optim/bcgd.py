@@ -52,9 +52,7 @@ class BCGD(LatentOptimizer):
     each step: call :meth:`refresh` after one, else the next step writes over it.
 
     **The projection.** At one and two bits ``exact`` is the least-squares optimum at each step; from three on
-    it follows the optimum by a warm start, whose squared error in the worst layer of the example's network on
-    digits lies on average 0.02 % (3 bits), 0.3 % (4 bits) and 11 % (8 bits) above the least: see
-    :func:`torchqat.functional.bcgd_step_`.
+    it follows the optimum by a warm start, how closely says :func:`torchqat.functional.bcgd_step_`.
 
     **Checkpoints.** Save and load the state of the model *and* of the optimizer, in either order, before or
     after the optimizer is made: training goes on bit for bit. :meth:`load_state_dict` sets the parameters of

@@ -75,6 +75,18 @@ def test_alpha_along_any_dimension(channel_dim, memory_format, device):
     torch.testing.assert_close(grad_alpha.double(), expected_alpha, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "shape, channels", [((3, 0), 0), ((0, 0), 0), ((0, 3), 3), ((2, 0, 5), 0), ((0,), None)]
+)
+@pytest.mark.parametrize("rule", ["three_valued", "exact"])
+def test_no_elements_and_no_channels(shape, channels, rule, device):
+    x = torch.ones(shape, device=device)
+    alpha = torch.ones((), device=device) if channels is None else torch.ones(channels, device=device)
+    y, grad_x, grad_alpha = run(x, alpha, 2, alpha_grad=rule)
+    assert y.shape == grad_x.shape == F.staircase_codes(x, alpha, 2).shape == x.shape
+    exactly(grad_alpha, torch.zeros_like(alpha))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_on_just_above_and_just_below_every_step(bits, dtype, device):

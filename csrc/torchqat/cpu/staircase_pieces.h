@@ -86,6 +86,7 @@ struct ChannelWalk {
 template <typename T, typename F>
 void for_each_piece(const StepSizes<T>& steps, int64_t begin, int64_t end, F&& f) {
   const auto one_channel = [&](int64_t c) { return OneChannel<T>{{Vec<T>(steps.alpha[c]), steps.bits}, c}; };
+  if (begin == end) return;  // and alpha may have no element
   if (steps.view.channels == 1) return f(begin, end, one_channel(0));
   ChannelWalk walk(steps.view, begin);
   for (int64_t first = begin; first < end;) {

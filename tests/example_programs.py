@@ -5,6 +5,7 @@ import gzip
 import importlib
 import os
 import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -23,6 +24,25 @@ def imported(name, monkeypatch):
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def run_main(module, words, monkeypatch, capsys):
+    """Runs an example in this process; returns its exit code, its output and what it wrote to stderr."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+    try:
+        module.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def one_line_of(program, stderr, *parts):
+    """Whether a program said what is wrong in one line that holds these parts."""
+    assert stderr.startswith(program) and stderr.count("\n") == 1, stderr
+    for part in parts:
+        assert part in stderr
+    return True
 
 
 def files_in(folder):

@@ -1,5 +1,6 @@
 """The MNIST table: that it is complete, resumes to the same numbers, and says what is wrong."""
 
+import functools
 import json
 import signal
 import statistics
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from example_programs import files_in, imported, write_idx_files
+from example_programs import files_in, imported, one_line_of, run_main, write_idx_files
 from torchqat.nn import StaircaseReLU
 
 for needed in ("matplotlib", "tqdm"):
@@ -33,26 +34,15 @@ def mnist(tmp_path_factory):
 
 @pytest.fixture
 def reproduce(example, mnist, monkeypatch, capsys):
-    """Runs the example in this process; returns its exit code, its output and what it wrote to stderr."""
+    """A short run on that data: the function run_main of these arguments."""
 
     def run(*arguments, data_dir=mnist):
-        words = ["reproduce_ste_mnist.py", "--data-dir", data_dir, *QUICK, *arguments]
-        monkeypatch.setattr(sys, "argv", list(map(str, words)))
-        try:
-            example.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return run_main(example, ("--data-dir", data_dir, *QUICK, *arguments), monkeypatch, capsys)
 
     return run
 
 
-def one_line(stderr, *parts):
-    assert stderr.startswith("reproduce_ste_mnist") and stderr.count("\n") == 1, stderr
-    for part in parts:
-        assert part in stderr
-    return True
+one_line = functools.partial(one_line_of, "reproduce_ste_mnist")
 
 
 def contents(out):

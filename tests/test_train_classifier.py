@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchqat
-from example_programs import EXAMPLES, files_in, imported, write_idx_files
+from example_programs import EXAMPLES, files_in, imported, one_line_of, run_main, write_idx_files
 
 for needed in ("matplotlib", "sklearn", "torchvision", "tqdm"):
     pytest.importorskip(needed)
@@ -35,16 +35,10 @@ def example(monkeypatch):
 
 @pytest.fixture
 def train(example, monkeypatch, capsys):
-    """Runs the example in this process; returns its exit code, its output and what it wrote to stderr."""
+    """A short run: the function run_main of these arguments."""
 
     def run(*arguments, quick=QUICK):
-        monkeypatch.setattr(sys, "argv", ["train_classifier.py", "--no-plots", *quick, *map(str, arguments)])
-        try:
-            example.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return run_main(example, ("--no-plots", *quick, *arguments), monkeypatch, capsys)
 
     return run
 
@@ -61,11 +55,7 @@ def contents(folder):
     return metrics, *((folder / f"{stage}.tqat").read_bytes() for stage in ("float", "quantized"))
 
 
-def one_line(stderr, *parts):
-    assert stderr.startswith("train_classifier") and stderr.count("\n") == 1, stderr
-    for part in parts:
-        assert part in stderr
-    return True
+one_line = functools.partial(one_line_of, "train_classifier")
 
 
 def test_a_run_writes_everything_and_prints_the_table(tmp_path):

@@ -331,6 +331,39 @@ def test_the_ternary_scale_is_optimal(i, dtype, device):
     )
 
 
+@pytest.mark.parametrize("share", [1.0, 1.004, 0.9, 50.0, 0.0])
+@pytest.mark.parametrize("i", range(6))
+def test_the_ternary_scale_does_not_show_the_one_before(i, share, device):
+    y = ternary_difficulties()[i].float()
+    scales = []
+    for before in (1e-30, oracles.exact_scale(y, 2).item() * share):
+        case = Case([y.shape], 2, device=device)
+        case.latents, case.scales = [y.to(device)], [torch.tensor(before, device=device)]
+        case.lr.zero_()
+        case.step(blend=0.0)
+        scales.append(case.scales[0])
+    if i == 0:  # many numbers of kept weights are equally good
+        for scale in scales:
+            q = oracles.nearest_level(y, scale.cpu(), 2).double()
+            best = oracles.nearest_level(y, oracles.exact_scale(y, 2).float(), 2).double()
+            score, goal = ((y.double() * q).sum() / (q * q).sum().sqrt() for q in (q, best))
+            torch.testing.assert_close(score, goal, rtol=1e-9, atol=0)
+    else:
+        assert_bitwise(scales[1:], scales[:1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_step_too_large_for_the_caches_does_the_same(bits, dtype, device):
+    large = Case([(64, 70_003)], bits, dtype=dtype, device=device, channel_dim=0, momentum=0.9)
+    alone = large.copy()
+    large.step()
+    for channel in range(64):
+        one = [[t if t.dim() == 0 else t[channel : channel + 1] for t in ts] for ts in alone.lists()[:5]]
+        F.bcgd_step_(*one, [torch.zeros((), device=device)], lr=alone.lr, **alone.options)
+    assert_bitwise(large.tensors()[:5], alone.tensors()[:5])
+
+
 # ---- three bits and more follow the exact projection ----
 
 

@@ -24,20 +24,29 @@ def resnet18():
 def problems(device, quick):
     shapes = resnet18()[:5] if quick else resnet18()
     elements = sum(torch.Size(shape).numel() for shape in shapes)
-    # gradient, momentum and latent in; momentum, latent and weight out
+    title = f"ResNet-18, {elements / 1e6:.1f} M float32"
+    bytes_moved = 24 * elements  # gradient, momentum and latent in; momentum, latent and weight out
+    found = [Problem(title, elements, contenders(shapes, device), bytes_moved)]
+    for name, draw in HARD_WEIGHTS.items():
+        own = [*our_contenders(shapes, device, draw), fused_sgd(shapes, device)]
+        found.append(Problem(f"{title}, {name}", elements, own, bytes_moved))
+    return found
+
+
+def our_contenders(shapes, device, draw=torch.randn):
     return [
-        Problem(
-            f"ResNet-18, {elements / 1e6:.1f} M float32", elements, contenders(shapes, device), 24 * elements
-        )
+        Contender(f"torchqat BCGD, {bits} bits", lambda b=bits: ours(shapes, device, b, draw))
+        for bits in BITS
     ]
+
+
+def fused_sgd(shapes, device):
+    return Contender("torch SGD fused", lambda: sgd(shapes, device, {"fused": True}))
 
 
 def contenders(shapes, device):
-    found = [
-        Contender(f"torchqat BCGD, {bits} bits", lambda b=bits: ours(shapes, device, b)) for bits in BITS
-    ]
+    found = [*our_contenders(shapes, device), fused_sgd(shapes, device)]
     for name, options in {
-        "fused": {"fused": True},
         "foreach": {"foreach": True},
         "for-loop": {"foreach": False},
     }.items():
@@ -58,20 +67,36 @@ PARQ = {
 }
 
 
-def parameters(shapes, device):
-    """He-normal weights and small gradients: a step moves a weight as it would in training."""
+def student_t(shape, device, generator):
+    """Three degrees of freedom: heavy tails."""
+    normal = torch.randn((4, *shape), device=device, generator=generator)
+    return normal[0] / normal[1:].square().mean(0).sqrt()
+
+
+def clusters(shape, device, generator):
+    """Around seven levels."""
+    level = torch.randint(-3, 4, shape, device=device, generator=generator)
+    return level + 0.05 * torch.randn(shape, device=device, generator=generator)
+
+
+# Where the search for the ternary scale must look again.
+HARD_WEIGHTS = {"Student t": student_t, "clusters": clusters}
+
+
+def parameters(shapes, device, draw=torch.randn):
+    """Weights of about He's size and small gradients: a step moves a weight as it would in training."""
     generator = torch.Generator(device).manual_seed(0)
     found = []
     for shape in shapes:
         std = (2 / torch.Size(shape[1:]).numel()) ** 0.5
-        weight = torch.nn.Parameter(std * torch.randn(shape, device=device, generator=generator))
+        weight = torch.nn.Parameter(std * draw(shape, device=device, generator=generator))
         weight.grad = 1e-2 * torch.randn(shape, device=device, generator=generator)
         found.append(weight)
     return found
 
 
-def ours(shapes, device, bits):
-    return BCGD([{"params": parameters(shapes, device), "quant_bits": bits}], **MOMENTUM).step
+def ours(shapes, device, bits, draw=torch.randn):
+    return BCGD([{"params": parameters(shapes, device, draw), "quant_bits": bits}], **MOMENTUM).step
 
 
 def sgd(shapes, device, options):

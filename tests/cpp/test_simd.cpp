@@ -103,6 +103,56 @@ TYPED_TEST(Simd, SumsHaveOneOrder) {
   EXPECT_EQ(sums.total(), ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7])));
 }
 
+TYPED_TEST(Simd, CountsAndTotalsAreOfAllLanes) {
+  using T = TypeParam;
+  LaneCounts<T> counts;
+  Vec<T> sum = T(0);
+  for (unsigned bits : {0u, 1u, 0b10u, ~0u}) {
+    counts.add(from_bits<T>(bits));
+    sum = where(from_bits<T>(bits), sum + Vec<T>(T(0.5)), sum);
+  }
+  EXPECT_EQ(counts.total(), 2 + Vec<T>::size);
+  EXPECT_EQ(total(sum), (2 + Vec<T>::size) / 2.);
+}
+
+TYPED_TEST(Simd, BoundsKeepNan) {
+  using T = TypeParam;
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  const std::vector<T> x{T(-1), T(2), T(5), nan};
+  const auto least = mapped(x, [](Vec<T> v) { return at_least(v, Vec<T>(T(2))); });
+  const auto most = mapped(x, [](Vec<T> v) { return at_most(v, Vec<T>(T(2))); });
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_EQ(least[i], std::max(x[i], T(2)));
+    EXPECT_EQ(most[i], std::min(x[i], T(2)));
+  }
+  EXPECT_TRUE(std::isnan(least[3]) && std::isnan(most[3]));
+}
+
+TYPED_TEST(Simd, CompressKeepsTheOrder) {
+  using T = TypeParam;
+  for (unsigned bits = 0; bits < 1u << Vec<T>::size; bits += bits < 256 ? 1 : 251) {
+    std::vector<T> from(Vec<T>::size), to(Vec<T>::size), expected;
+    for (int i = 0; i < Vec<T>::size; ++i) {
+      from[i] = T(i + 1);
+      if (bits >> i & 1) expected.push_back(from[i]);
+    }
+    to.resize(compress(to.data(), from_bits<T>(bits), load(from.data())) - to.data());
+    ASSERT_EQ(to, expected) << bits;
+  }
+}
+
+TYPED_TEST(Simd, StreamsAreStores) {
+  using T = TypeParam;
+  alignas(kVectorBytes) T to[kGroup] = {};
+  T from[kGroup];
+  for (int i = 0; i < kGroup; ++i) from[i] = T(1) / T(3 + i);
+  ASSERT_TRUE(is_aligned(to));
+  ASSERT_FALSE(is_aligned(to + 1));
+  for (int lane = 0; lane < kGroup; lane += Vec<T>::size) stream(to + lane, load(from + lane));
+  _mm_sfence();
+  EXPECT_TRUE(std::equal(from, from + kGroup, to));
+}
+
 TYPED_TEST(Simd, WholeNumbersAreBytes) {
   using T = TypeParam;
   for (int first = 0; first < 256; first += kGroup) {

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "torchqat/math/exact_scale.h"
-#include "torchqat/math/ternary_scale.h"
+#include "torchqat/math/ternary_near.h"
 #include "torchqat/math/weight_levels.h"
 
 // The least-squares scale: the search over sorted magnitudes and the one over histograms, against trying
@@ -57,6 +57,18 @@ std::vector<T> weights(const Kind& kind, int64_t n) {
   std::vector<T> w(n);
   for (int64_t i = 0; i < n; ++i) w[i] = static_cast<T>(kind.draw(random, i, n));
   return w;
+}
+
+template <typename T>
+std::vector<T> magnitudes(std::vector<T> w) {
+  for (T& value : w) value = std::abs(value);
+  return w;
+}
+
+template <typename T>
+double ternary_scale(const std::vector<T>& w) {
+  auto all = magnitudes(w);
+  return exact_ternary_scale(all);
 }
 
 // The best score, overlap / sqrt(energy), of all assignments that a step size can make; in long double.
@@ -165,55 +177,88 @@ TYPED_TEST(WeightScale, SearchThatMustForgetFindsTheSame) {
 }
 
 TYPED_TEST(WeightScale, HistogramsFindTheBestTernaryScale) {
-  std::vector<TypeParam> kept;
   for (const Kind& kind : kinds()) {
-    for (const int64_t n :
-         {int64_t{1}, int64_t{2}, kFewEnoughToSort, kFewEnoughToSort + 1, int64_t{30'000}}) {
+    for (const int64_t n : {1, 2, 512, 513, 30'000}) {
       const auto w = weights<TypeParam>(kind, n);
-      const double scale = exact_ternary_scale(w.data(), n, kept);
+      const double scale = ternary_scale(w);
       EXPECT_GE(score_of(w, scale, 2), best_score(w, 1) * (1 - 1e-14L)) << kind.name << " " << n;
-      EXPECT_LE(kept.size(), static_cast<size_t>(n)) << kind.name << " " << n;
     }
   }
 }
 
-TYPED_TEST(WeightScale, HistogramsDoNotSeeOrderSignsOrThreads) {
-  using T = TypeParam;
+TYPED_TEST(WeightScale, HistogramsDoNotSeeTheOrder) {
   for (const Kind& kind : kinds()) {
-    auto w = weights<T>(kind, 20'000);
-    std::vector<T> kept;
-    const double scale = exact_ternary_scale(w.data(), 20'000, kept);
+    auto w = weights<TypeParam>(kind, 20'000);
+    const double scale = ternary_scale(w);
     std::shuffle(w.begin(), w.end(), std::mt19937_64(1));
-    for (size_t i = 0; i < w.size(); i += 3) w[i] = -w[i];
-    EXPECT_EQ(exact_ternary_scale(w.data(), 20'000, kept), scale) << kind.name;
-    MagnitudeHistogram<T> all, second;
-    for (size_t i = 0; i < w.size(); ++i) (i < 777 ? all : second).add(w[i]);
-    all.merge(second);
-    const auto gather = [&](const TernarySearch<T>& search, T* out) {
-      for (size_t i = w.size(); i-- > 0;) {
-        if (search.holds(w[i])) *out++ = std::abs(w[i]);
-      }
-    };
-    EXPECT_EQ(exact_ternary_scale(all, kept, gather), scale) << kind.name;
+    EXPECT_EQ(ternary_scale(w), scale) << kind.name;
   }
 }
 
-TYPED_TEST(WeightScale, HistogramsLookAtFewWeightsTwice) {
-  std::vector<TypeParam> kept;
+// As a step does it, whose scale before was `share` of the best.
+template <typename T>
+double scale_near(const std::vector<T>& w, double share, bool& looked_twice) {
+  const TernaryEdges<T> edges(static_cast<T>(ternary_scale(w) * share));
+  const auto gathered = [&](const MagnitudeWindow<T>& window, WeightFit& above) {
+    std::vector<T> kept;
+    for (const T m : magnitudes(w)) {
+      if (m > window.high) above.add(m, T(1));
+      if (!(m <= window.low) && !(m > window.high)) kept.push_back(m);
+    }
+    return kept;
+  };
+  const auto search = [&](const MagnitudeWindow<T>& window) {
+    WeightFit above;
+    auto kept = gathered(window, above);
+    TernarySearch<T> found(window, above);
+    found.run(kept);
+    return found.best();
+  };
+  TernarySums sums;
+  for (const T m : magnitudes(w)) {
+    for (int i = 0; i < kTernaryEdges; ++i) {
+      if (m > edges.at[i]) sums.above[i].add(m, T(1));
+    }
+    sums.above[kTernaryEdges].add(m, T(1));
+    sums.peak = std::max(sums.peak, static_cast<double>(m));
+  }
+  const WeightFit near = search(edges.near());
+  const auto window = window_beyond(edges, sums, near);
+  looked_twice = window.has_value();
+  return (window ? search(*window) : near).scale();
+}
+
+TYPED_TEST(WeightScale, OfAnyScaleBeforeIsTheBest) {
+  for (const Kind& kind : kinds()) {
+    for (const int64_t n : {1, 2, 30, 3'000, 30'000}) {
+      const auto w = weights<TypeParam>(kind, n);
+      const long double best = best_score(w, 1) * (1 - 1e-14L);
+      for (const double share : {1., .995, 1.006, .9, 1.2, .01, 100., 0.}) {
+        bool looked_twice = false;
+        const double scale = scale_near(w, share, looked_twice);
+        EXPECT_GE(score_of(w, scale, 2), best) << kind.name << " " << n << " " << share;
+      }
+    }
+  }
+}
+
+TYPED_TEST(WeightScale, OneLookIsEnoughForNormalWeightsNearTheScaleBefore) {
   const auto w = weights<TypeParam>(kinds().front(), 200'000);
-  exact_ternary_scale(w.data(), 200'000, kept);
-  EXPECT_LT(kept.capacity(), sizeof(TypeParam) == 4 ? 20'000u : 150'000u);
+  for (const double share : {1., .995, 1.005, .8, 1.3}) {
+    bool looked_twice = false;
+    scale_near(w, share, looked_twice);
+    EXPECT_EQ(looked_twice, share < .9 || share > 1.1) << share;
+  }
 }
 
 TYPED_TEST(WeightScale, OfWhatIsNotFiniteIsNan) {
   using T = TypeParam;
-  std::vector<T> kept;
   for (const int64_t n : {5, 5000}) {
     for (const T bad : {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::infinity(),
                         -std::numeric_limits<T>::infinity()}) {
       auto w = weights<T>(kinds().front(), n);
       w[n / 2] = bad;
-      EXPECT_TRUE(std::isnan(exact_ternary_scale(w.data(), n, kept))) << n << " " << bad;
+      EXPECT_TRUE(std::isnan(ternary_scale(w))) << n << " " << bad;
     }
   }
 }

@@ -2,89 +2,11 @@
 #include "torchqat/cpu/bcgd_kernels.h"
 
 #include <algorithm>
-#include <limits>
 
-#include "torchqat/cpu/simd_memory.h"
-#include "torchqat/cpu/simd_sums.h"
+#include "torchqat/cpu/bcgd_sums.h"
 
 namespace torchqat::TORCHQAT_ISA {
 namespace {
-
-// Sums over one assignment that needs no look at y, all magnitudes at the top level, and the largest of them.
-template <typename T>
-class TopSums {
- public:
-  void add(int lane, Vec<T> magnitude) {
-    sum_.add(lane, magnitude);
-    peak_ = where(magnitude > peak_, magnitude, peak_);
-  }
-  void end_group() {}
-  void add_to(math::StepSums<1>& sums, int64_t count) const {
-    sums.fits[0] = sums.fits[0] + math::WeightFit{static_cast<double>(count), sum_.total()};
-    sums.peak = std::max(sums.peak, static_cast<double>(largest(peak_)));
-  }
-
- private:
-  LaneSums sum_;
-  Vec<T> peak_ = T(0);
-};
-
-// Sums over the assignments of the warm start. Squares of levels are below 2^14: float32 adds up those of a
-// run, 2^11 at most, of which a lane has a fourth or less, without rounding. Products with magnitudes add up
-// in float64: all of them where `exact`, else sums of a few in T.
-template <typename T, bool exact>
-class WarmSums {
- public:
-  explicit WarmSums(const math::WarmLevel<T> (&levels)[math::kWarmSteps]) {
-    for (int i = 0; i < math::kWarmSteps; ++i) levels_[i] = math::WarmLevel<Vec<T>>(levels[i]);
-  }
-  void add(int lane, Vec<T> magnitude) {
-    [[maybe_unused]] const int part = lane / Vec<T>::size;
-    for (int i = 0; i < math::kWarmSteps; ++i) {
-      const Vec<T> q = levels_[i](magnitude);
-      energy_[i] = energy_[i] + q * q;
-      if constexpr (exact) {
-        overlap_[i].add_products(lane, magnitude, q);
-      } else {
-        recent_[i][part] = recent_[i][part] + magnitude * q;
-      }
-    }
-    peak_ = where(magnitude > peak_, magnitude, peak_);
-  }
-  void end_group() {
-    if (!exact && ++groups_ % kFewGroups == 0) gather();
-  }
-  // Whether sums of a few products are far from overflow.
-  bool in_range() const {
-    return largest(peak_) < std::numeric_limits<T>::max() / (math::weight_top(8) * (kFewGroups + 1));
-  }
-  void add_to(math::StepSums<math::kWarmSteps>& sums, int64_t) {
-    gather();
-    for (int i = 0; i < math::kWarmSteps; ++i) {
-      sums.fits[i] = sums.fits[i] + math::WeightFit{total(energy_[i]), overlap_[i].total()};
-    }
-    sums.peak = std::max(sums.peak, static_cast<double>(largest(peak_)));
-  }
-
- private:
-  static constexpr int kFewGroups = 8;
-
-  void gather() {
-    for (int i = 0; i < math::kWarmSteps; ++i) {
-      for (int lane = 0; lane < kGroup; lane += Vec<T>::size) {
-        overlap_[i].add(lane, recent_[i][lane / Vec<T>::size]);
-        recent_[i][lane / Vec<T>::size] = T(0);
-      }
-    }
-  }
-
-  math::WarmLevel<Vec<T>> levels_[math::kWarmSteps];
-  Vec<T> energy_[math::kWarmSteps] = {};
-  Vec<T> recent_[math::kWarmSteps][kGroup / Vec<T>::size] = {};
-  LaneSums overlap_[math::kWarmSteps];
-  Vec<T> peak_ = T(0);
-  int groups_ = 0;
-};
 
 // Calls f(y) for all groups of a run.
 template <typename T, typename F>
@@ -92,6 +14,15 @@ void for_each_group(const T* y, int64_t count, F&& f) {
   int64_t i = 0;
   for (; i + kGroup <= count; i += kGroup) f(y + i);
   if (i < count) f(Padded<T>(y + i, count - i));
+}
+
+// Loads, and asks for what comes later: the processor by itself does not look far enough ahead in several
+// arrays at once.
+template <typename T>
+auto load_ahead(const T* from) {
+  constexpr uintptr_t kBytesAhead = 2048;
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + kBytesAhead));
+  return load(from);
 }
 
 // Calls step(w, g, y, buffer), which returns the new y of a vector, for all of the run; sums.add() sees the
@@ -125,17 +56,17 @@ void for_each_vector(const BcgdRun<S, T>& run, Step&& step, Sums& sums) {
 // One step; w_of(w, y) is the vector of quantized weights.
 template <typename S, typename T, typename WOf, typename Sums>
 void step_run(const BcgdRun<S, T>& run, const math::StepRule<T>& rule, bool first, WOf&& w_of, Sums& sums) {
-  const math::StepRule<Vec<T>> wide{rule.lr,   rule.momentum, rule.undamped, rule.weight_decay,
-                                    rule.keep, rule.blend,    rule.divisor,  rule.nesterov};
+  const math::StepRule<Vec<T>> wide{rule.lr,    rule.momentum, rule.undamped, rule.weight_decay,   rule.keep,
+                                    rule.blend, rule.divisor,  rule.nesterov, rule.divisor != T(1)};
   const auto step = [&](const S* w, const S* g, T* y, T* buffer) {
-    const Vec<T> before = load(y);
+    const Vec<T> before = load_ahead(y);
     Vec<T> after;
     if (buffer) {
-      Vec<T> b = load(buffer);
-      after = wide(before, w_of(w, before), load(g), b, first);
+      Vec<T> b = load_ahead(buffer);
+      after = wide(before, w_of(w, before), load_ahead(g), b, first);
       store(buffer, b);
     } else {
-      after = wide(before, w_of(w, before), load(g));
+      after = wide(before, w_of(w, before), load_ahead(g));
     }
     store(y, after);
     return after;
@@ -148,7 +79,7 @@ TORCHQAT_ALL_INLINE void update(const BcgdRun<S, T>& run, const math::StepRule<T
                                 math::StepSums<1>& sums) {
   TopSums<T> own;
   step_run(
-      run, rule, first, [](const S* w, Vec<T>) { return load(w); }, own);
+      run, rule, first, [](const S* w, Vec<T>) { return load_ahead(w); }, own);
   own.add_to(sums, run.count);
 }
 
@@ -168,7 +99,7 @@ TORCHQAT_ALL_INLINE void update_warm(const BcgdRun<S, T>& run, const math::StepR
                                      math::StepSums<math::kWarmSteps>& sums) {
   const auto step_with = [&](auto& own) {
     step_run(
-        run, rule, first, [](const S* w, Vec<T>) { return load(w); }, own);
+        run, rule, first, [](const S* w, Vec<T>) { return load_ahead(w); }, own);
   };
   WarmSums<T, true> exact(levels);
   if (few) {
@@ -182,6 +113,37 @@ TORCHQAT_ALL_INLINE void update_warm(const BcgdRun<S, T>& run, const math::StepR
     });
   }
   exact.add_to(sums, run.count);
+}
+
+template <typename S, typename T>
+TORCHQAT_ALL_INLINE void update_ternary(const BcgdRun<S, T>& run, const math::StepRule<T>& rule, bool first,
+                                        const math::TernaryEdges<T>& edges, math::TernarySums& sums,
+                                        T** near) {
+  EdgeSums<T> own(edges, *near);
+  step_run(
+      run, rule, first, [](const S* w, Vec<T>) { return load_ahead(w); }, own);
+  own.add_to(sums, run.count);
+  *near = own.near();
+}
+
+template <typename T>
+TORCHQAT_ALL_INLINE void gather(const T* y, int64_t count, const math::MagnitudeWindow<T>& window,
+                                math::WeightFit& above, T** kept) {
+  LaneCounts<T> number;
+  LaneSums sum;
+  T* end = *kept;
+  for_each_group(y, count, [&](const T* group) {
+    for (int lane = 0; lane < kGroup; lane += Vec<T>::size) {
+      const Vec<T> m = magnitude(load_ahead(group + lane));
+      const Mask<T> is_above = m > Vec<T>(window.high);
+      const Mask<T> is_below = m <= Vec<T>(window.low);
+      number.add(is_above);
+      sum.add(lane, where(is_above, m, Vec<T>(T(0))));
+      end = compress(end, (!is_below) & !is_above, m);
+    }
+  });
+  above = above + math::WeightFit{number.total(), sum.total()};
+  *kept = end;
 }
 
 // Calls f(rule), where rule(magnitude) is the level.
@@ -214,19 +176,25 @@ TORCHQAT_ALL_INLINE void fit(const T* y, int64_t count, const Levels<T>& levels,
 }
 
 template <typename S, typename T>
-TORCHQAT_ALL_INLINE void write(S* w, const T* y, int64_t count, T scale, const Levels<T>& levels) {
+TORCHQAT_ALL_INLINE void write(S* w, const T* y, int64_t count, T scale, const Levels<T>& levels,
+                               bool past_caches) {
   with_levels(levels, [&](const auto& level) {
-    const auto write_group = [&](S* to, const T* from) {
+    const auto write_group = [&](S* to, const T* from, auto&& put) {
       for (int lane = 0; lane < kGroup; lane += Vec<T>::size) {
-        const Vec<T> v = load(from + lane);
-        store(to + lane, Vec<T>(scale) * math::with_sign_of(v, level(magnitude(v))));
+        const Vec<T> v = load_ahead(from + lane);
+        put(to + lane, Vec<T>(scale) * math::with_sign_of(v, level(magnitude(v))));
       }
     };
+    const auto put = [](S* to, Vec<T> v) { store(to, v); };
     int64_t i = 0;
-    for (; i + kGroup <= count; i += kGroup) write_group(w + i, y + i);
+    if (past_caches && is_aligned(w)) {
+      const auto put_past = [](S* to, Vec<T> v) { stream(to, v); };
+      for (; i + kGroup <= count; i += kGroup) write_group(w + i, y + i, put_past);
+    }
+    for (; i + kGroup <= count; i += kGroup) write_group(w + i, y + i, put);
     if (i == count) return;
     S left[kGroup];
-    write_group(left, Padded<T>(y + i, count - i));
+    write_group(left, Padded<T>(y + i, count - i), put);
     std::copy_n(left, count - i, w + i);
   });
 }
@@ -235,7 +203,8 @@ TORCHQAT_ALL_INLINE void write(S* w, const T* y, int64_t count, T scale, const L
 
 template <typename S, typename T>
 const BcgdKernels<S, T>& bcgd_kernels() {
-  static constexpr BcgdKernels<S, T> kernels{update<S, T>, update_binary<S, T>, update_warm<S, T>, fit<T>,
+  static constexpr BcgdKernels<S, T> kernels{update<S, T>,         update_binary<S, T>, update_warm<S, T>,
+                                             update_ternary<S, T>, gather<T>,           fit<T>,
                                              write<S, T>};
   return kernels;
 }

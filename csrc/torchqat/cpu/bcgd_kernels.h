@@ -4,6 +4,7 @@
 
 #include "torchqat/cpu/instruction_set.h"
 #include "torchqat/math/bcgd.h"
+#include "torchqat/math/ternary_near.h"
 
 // The loops of bcgd_step_ over runs of consecutive memory, for one thread. S is the dtype of the parameter, T
 // its op-math type, that of all the rest.
@@ -41,9 +42,17 @@ struct BcgdKernels {
   void (*update_warm)(const BcgdRun<S, T>& run, const math::StepRule<T>& rule, bool first,
                       const math::WarmLevel<T> (&levels)[math::kWarmSteps], bool few,
                       math::StepSums<math::kWarmSteps>& sums);
+  // ... or those of the ternary search; the magnitudes near the edge go to *near, which moves on, and has
+  // room for a group more than the run.
+  void (*update_ternary)(const BcgdRun<S, T>& run, const math::StepRule<T>& rule, bool first,
+                         const math::TernaryEdges<T>& edges, math::TernarySums& sums, T** near);
+  // Adds what is above the window to `above`; what is in it goes to *kept, as with `near`.
+  void (*gather)(const T* y, int64_t count, const math::MagnitudeWindow<T>& window, math::WeightFit& above,
+                 T** kept);
   void (*fit)(const T* y, int64_t count, const Levels<T>& levels, math::WeightFit& fit);
-  // w = scale * level.
-  void (*write)(S* w, const T* y, int64_t count, T scale, const Levels<T>& levels);
+  // w = scale * level. Past the caches if they will not keep w until it is read: then
+  // _mm_sfence() must follow.
+  void (*write)(S* w, const T* y, int64_t count, T scale, const Levels<T>& levels, bool past_caches);
 };
 
 #define DECLARE(isa)                       \

@@ -1,6 +1,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
+#include <immintrin.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -40,6 +41,12 @@ struct Target {
         per_scale(item.param.numel() / item.view.channels),
         scales(item.scale.numel()) {}
 
+  BcgdRun<scalar_t, opmath_t> run(int64_t p, int64_t count) const {
+    return {w + p, g + p, y + p, buffer ? buffer + p : nullptr, count};
+  }
+
+  bool is_first() const { return steps && *steps == 0; }
+
   scalar_t* w;
   const scalar_t* g;
   opmath_t* y;
@@ -61,24 +68,26 @@ class GroupStep {
   using opmath_t = at::opmath_type<scalar_t>;
   using Rule = math::StepRule<opmath_t>;
 
-  GroupStep(std::span<const BcgdItem> items, const Rule& rule, Projection projection, int64_t bits)
-      : rule_(rule), projection_(projection), bits_(bits) {
+  GroupStep(std::span<const BcgdItem> items, const Rule& rule, Projection projection, int64_t bits,
+            bool past_caches)
+      : rule_(rule), projection_(projection), bits_(bits), past_caches_(past_caches) {
     for (const auto& item : items) {
       const auto channels = item.view.channels;
       for (int64_t c = 0; c < channels; ++c)
         slices_.append(targets_.size(), c, item.param.numel() / channels);
-      targets_.emplace_back(item);
+      const auto& t = targets_.emplace_back(item);
+      for (int64_t c = 0; c < channels; ++c) scales_.push_back(c < t.scales ? t.scale[c] : opmath_t(0));
     }
-    scales_.resize(slices_.scales());
   }
 
   void run() {
-    if (projection_ == Projection::warm) {
+    if (projection_ == Projection::ternary) {
+      update_ternary();
+    } else if (projection_ == Projection::warm) {
       update<math::kWarmSteps>();
     } else {
       update<1>();
     }
-    if (projection_ == Projection::ternary) fit_ternary();
     levels_at_ = scales_;
     if (math::refits(projection_)) refit();
     write();
@@ -128,14 +137,13 @@ class GroupStep {
   template <size_t N>
   void update_slice(const Slice& slice, math::StepSums<N>& sums) const {
     const auto& t = targets_[slice.target];
-    const bool first = t.steps && *t.steps == 0;
-    const opmath_t before = t.scale[slice.channel];
+    const bool first = t.is_first();
+    const opmath_t before = scales_[slice.scale];
     math::WarmLevel<opmath_t> levels[math::kWarmSteps];
     for (int i = 0; i < math::kWarmSteps; ++i)
       levels[i] = {static_cast<opmath_t>(before * math::warm_share(i)), bits_};
     for_each_run(t.view, slice, [&](int64_t p, int64_t count) {
-      const BcgdRun<scalar_t, opmath_t> run{t.w + p, t.g + p, t.y + p, t.buffer ? t.buffer + p : nullptr,
-                                            count};
+      const auto run = t.run(p, count);
       if constexpr (N > 1) {
         kernels<scalar_t>().update_warm(run, rule_, first, levels, t.per_scale < kMany, sums);
       } else if (projection_ == Projection::mean) {
@@ -165,31 +173,27 @@ class GroupStep {
       const auto& slice = slices_[slices_.count() - 1 - i];
       const auto& t = targets_[slice.target];
       for_each_run(t.view, slice, [&](int64_t p, int64_t count) {
-        kernels<scalar_t>().write(t.w + p, t.y + p, count, scales_[slice.scale], levels_of(slice));
+        kernels<scalar_t>().write(t.w + p, t.y + p, count, scales_[slice.scale], levels_of(slice),
+                                  past_caches_);
       });
+      if (past_caches_) _mm_sfence();
     });
   }
 
-  // Scales of several slices one after the other, each by all threads; then the others, shared out among the
-  // threads.
-  void fit_ternary() {
-    const auto values_of = [&](const Slice& slice, auto&& f) {
+  void update_ternary() {
+    const auto update = [&](const Slice& slice, const auto& edges, auto& sums, opmath_t** near) {
       const auto& t = targets_[slice.target];
-      for_each_run(t.view, slice, [&](int64_t p, int64_t count) { std::for_each_n(t.y + p, count, f); });
+      for_each_run(t.view, slice, [&](int64_t p, int64_t count) {
+        kernels<scalar_t>().update_ternary(t.run(p, count), rule_, t.is_first(), edges, sums, near);
+      });
     };
-    const auto is_small = [&](int64_t k) { return slices_.first(k + 1) - slices_.first(k) == 1; };
-    for (int64_t k = 0; k < slices_.scales(); ++k) {
-      if (is_small(k)) continue;
-      scales_[k] =
-          ternary_scale_of_slices<opmath_t>(slices_, slices_.first(k), slices_.first(k + 1), values_of);
-    }
-    at::parallel_for(0, slices_.scales(), 1, [&](int64_t from, int64_t to) {
-      std::vector<opmath_t> values, kept;
-      for (int64_t k = from; k < to; ++k) {
-        if (is_small(k))
-          scales_[k] = ternary_scale_of_slice(slices_[slices_.first(k)], values_of, values, kept);
-      }
-    });
+    const auto gather = [&](const Slice& slice, const auto& window, auto& above, opmath_t** kept) {
+      const auto& t = targets_[slice.target];
+      for_each_run(t.view, slice, [&](int64_t p, int64_t count) {
+        kernels<scalar_t>().gather(t.y + p, count, window, above, kept);
+      });
+    };
+    TernaryScales(slices_, scales_).find(update, gather);
   }
 
   void finish() {
@@ -203,16 +207,21 @@ class GroupStep {
 
   std::vector<Target<scalar_t>> targets_;
   Slices slices_;
-  std::vector<opmath_t> scales_;     // the new ones
+  std::vector<opmath_t> scales_;     // those before, then the new ones
   std::vector<opmath_t> levels_at_;  // what gives w their levels: the new scale, but for `lloyd` and `twn`
   const Rule rule_;
   const Projection projection_;
   const int64_t bits_;
+  const bool past_caches_;
 };
 
 // Elements of parameters that are stepped together: enough to share out among threads, few enough that the
 // later passes find them in the cache.
 constexpr int64_t kGroup = 1 << 18;
+
+// Elements from which on a step goes through so much memory, at least 12 bytes for each, that the caches lose
+// the first parameters before its end.
+constexpr int64_t kMoreThanCaches = 1 << 22;
 
 void step(const BcgdStep& s) {
   check_bcgd_step(s);
@@ -221,9 +230,12 @@ void step(const BcgdStep& s) {
   for_each_dtype(s, [&](at::ScalarType dtype, std::span<const BcgdItem> items) {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "bcgd_step_cpu", [&] {
       const auto rule = step_rule<at::opmath_type<scalar_t>>(s);
+      int64_t elements = 0;
+      for (const auto& item : items) elements += item.param.numel();
+      const bool past_caches = elements >= kMoreThanCaches;
       for (size_t first = 0, last = 0; first < items.size(); first = last) {
         for (int64_t n = 0; last < items.size() && n < kGroup; ++last) n += items[last].param.numel();
-        GroupStep<scalar_t>(items.subspan(first, last - first), rule, projection, s.bits).run();
+        GroupStep<scalar_t>(items.subspan(first, last - first), rule, projection, s.bits, past_caches).run();
       }
     });
   });

@@ -2,49 +2,91 @@
 
 #include <ATen/Parallel.h>
 
-#include <algorithm>
-#include <cmath>
-#include <mutex>
+#include <memory>
+#include <optional>
 #include <vector>
 
 #include "torchqat/cpu/bcgd_step_slices.h"
-#include "torchqat/math/ternary_scale.h"
+#include "torchqat/math/ternary_near.h"
 
-// The optimal ternary scale of slices; for_each_value(slice, f) calls f(y) for the values of one.
 namespace torchqat {
 
-template <typename T, typename ForEachValue>
-double ternary_scale_of_slice(const Slice& slice, ForEachValue&& for_each_value, std::vector<T>& values,
-                              std::vector<T>& kept) {
-  values.clear();
-  for_each_value(slice, [&](T y) { values.push_back(y); });
-  return math::exact_ternary_scale(values.data(), static_cast<int64_t>(values.size()), kept);
-}
+// The optimal ternary scales of weights that a step moves. How threads share the work does not show in them.
+template <typename T>
+class TernaryScales {
+ public:
+  // `scales` are those before, and become the new ones.
+  TernaryScales(const Slices& slices, std::vector<T>& scales)
+      : slices_(slices), scales_(scales), windows_(slices.scales()), found_(slices.count()) {}
 
-// By all threads. How they share the work does not show in the result: what they merge are integers.
-template <typename T, typename ForEachValue>
-double ternary_scale_of_slices(const Slices& slices, int64_t first, int64_t last,
-                               ForEachValue&& for_each_value) {
-  math::MagnitudeHistogram<T> histogram;
-  std::mutex merging;
-  at::parallel_for(first, last, 1, [&](int64_t from, int64_t to) {
-    math::MagnitudeHistogram<T> part;
-    for (int64_t i = from; i < to; ++i) for_each_value(slices[i], [&](T y) { part.add(y); });
-    const std::lock_guard lock(merging);
-    histogram.merge(part);
-  });
-  std::vector<T> kept;
-  return math::exact_ternary_scale(histogram, kept, [&](const auto& search, T* out) {
-    std::vector<std::vector<T>> found(last - first);
-    at::parallel_for(first, last, 1, [&](int64_t from, int64_t to) {
+  // update(slice, edges, sums, end) makes the new y, adds to the sums and puts the magnitudes near the scale
+  // before at *end, which moves on; gather(slice, window, above, end) does the same with those in a window.
+  template <typename Update, typename Gather>
+  void find(Update&& update, Gather&& gather) {
+    std::vector<math::TernarySums> sums(slices_.count());
+    for_each_slice([&](const Slice& slice, int64_t i, T** end) {
+      update(slice, math::TernaryEdges<T>(scales_[slice.scale]), sums[i], end);
+    });
+    for_each_scale([&](int64_t k) {
+      const auto total = total_of(k, sums);
+      const math::TernaryEdges<T> edges(scales_[k]);
+      const auto near = best_of(k, edges.near(), total.above[math::kNear]);
+      windows_[k] = math::window_beyond(edges, total, near);
+      if (!windows_[k]) scales_[k] = static_cast<T>(near.scale());
+    });
+    std::vector<math::WeightFit> above(slices_.count());
+    for_each_slice([&](const Slice& slice, int64_t i, T** end) {
+      if (const auto& window = windows_[slice.scale]) gather(slice, *window, above[i], end);
+    });
+    for_each_scale([&](int64_t k) {
+      if (const auto& window = windows_[k])
+        scales_[k] = static_cast<T>(best_of(k, *window, total_of(k, above)).scale());
+    });
+  }
+
+ private:
+  // Calls f(slice, i, end) with room at *end for all values of the slice and a vector more; what it puts
+  // there becomes found_[i].
+  template <typename F>
+  void for_each_slice(F&& f) {
+    constexpr int64_t kMore = 16;
+    at::parallel_for(0, slices_.count(), slices_.grain(), [&](int64_t from, int64_t to) {
+      const auto room = std::make_unique_for_overwrite<T[]>(kSlice + kMore);
       for (int64_t i = from; i < to; ++i) {
-        for_each_value(slices[i], [&](T y) {
-          if (search.holds(y)) found[i - first].push_back(std::abs(y));
-        });
+        T* end = room.get();
+        f(slices_[i], i, &end);
+        found_[i].assign(room.get(), end);
       }
     });
-    for (const auto& part : found) out = std::copy(part.begin(), part.end(), out);
-  });
-}
+  }
+
+  template <typename F>
+  void for_each_scale(F&& f) const {
+    at::parallel_for(0, slices_.scales(), 1, [&](int64_t from, int64_t to) {
+      for (int64_t k = from; k < to; ++k) f(k);
+    });
+  }
+
+  template <typename Sums>
+  Sums total_of(int64_t k, const std::vector<Sums>& sums) const {
+    Sums total = sums[slices_.first(k)];
+    for (int64_t i = slices_.first(k) + 1; i < slices_.first(k + 1); ++i) total = total + sums[i];
+    return total;
+  }
+
+  math::WeightFit best_of(int64_t k, const math::MagnitudeWindow<T>& window, const math::WeightFit& above) {
+    std::vector<T> kept;
+    for (int64_t i = slices_.first(k); i < slices_.first(k + 1); ++i)
+      kept.insert(kept.end(), found_[i].begin(), found_[i].end());
+    math::TernarySearch<T> search(window, above);
+    search.run(kept);
+    return search.best();
+  }
+
+  const Slices& slices_;
+  std::vector<T>& scales_;
+  std::vector<std::optional<math::MagnitudeWindow<T>>> windows_;  // by scale: where to look again
+  std::vector<std::vector<T>> found_;                             // by slice
+};
 
 }  // namespace torchqat

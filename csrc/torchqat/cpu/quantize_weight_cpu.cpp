@@ -103,15 +103,12 @@ class Alone {
   int64_t counts_[kDepth][math::weight_top(8)];
 };
 
-// The least-squares scale of finite magnitudes, of which it changes the order. Sorted magnitudes and their
+// The least-squares scale of finite magnitudes, which it uses up. Sorted magnitudes and their
 // sums take 12 bytes per weight, 16 for float64.
 template <typename T>
 double exact_scale(std::vector<T>& magnitudes, int64_t bits) {
   const auto n = static_cast<int64_t>(magnitudes.size());
-  if (bits == 2) {
-    std::vector<T> kept;
-    return math::exact_ternary_scale(magnitudes.data(), n, kept);
-  }
+  if (bits == 2) return math::exact_ternary_scale(magnitudes);
   std::sort(magnitudes.begin(), magnitudes.end(), std::greater<T>());
   const auto sums = std::make_unique_for_overwrite<double[]>(n + 1);
   sums[0] = 0;

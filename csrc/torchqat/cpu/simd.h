@@ -23,6 +23,9 @@ namespace torchqat::TORCHQAT_ISA {
 // of floats.
 constexpr int kGroup = 16;
 
+using math::at_least;
+using math::at_most;
+
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
@@ -116,6 +119,17 @@ inline Vec<float> where(Mask<float> condition, Vec<float> yes, Vec<float> no) {
 inline Vec<double> where(Mask<double> condition, Vec<double> yes, Vec<double> no) {
   return Vec<double>(_mm512_mask_blend_pd(condition.bits, no.raw, yes.raw));
 }
+// One instruction each, which returns its second operand where one is NaN.
+inline Vec<float> at_least(Vec<float> x, Vec<float> low) { return Vec<float>(_mm512_max_ps(low.raw, x.raw)); }
+inline Vec<float> at_most(Vec<float> x, Vec<float> high) {
+  return Vec<float>(_mm512_min_ps(high.raw, x.raw));
+}
+inline Vec<double> at_least(Vec<double> x, Vec<double> low) {
+  return Vec<double>(_mm512_max_pd(low.raw, x.raw));
+}
+inline Vec<double> at_most(Vec<double> x, Vec<double> high) {
+  return Vec<double>(_mm512_min_pd(high.raw, x.raw));
+}
 template <typename T>
 unsigned to_bits(Mask<T> m) {
   return m.bits;
@@ -179,11 +193,4 @@ T largest(Vec<T> x) {
   for (int i = 1; i < Vec<T>::size; ++i) found = x.raw[i] > found ? x.raw[i] : found;
   return found;
 }
-template <typename T>
-double total(Vec<T> x) {
-  double sum = 0;
-  for (int i = 0; i < Vec<T>::size; ++i) sum += static_cast<double>(x.raw[i]);
-  return sum;
-}
-
 }  // namespace torchqat::TORCHQAT_ISA

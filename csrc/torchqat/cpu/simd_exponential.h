@@ -33,7 +33,7 @@ template <typename T>
 Vec<T> exponential(Vec<T> x) {
   using Of = ExponentialOf<T>;
   using Int = Raw<IntOf<T>>;
-  const Vec<T> bounded = math::at_least(x, Vec<T>(Of::lowest));
+  const Vec<T> bounded = at_least(x, Vec<T>(Of::lowest));
   const Int n = __builtin_convertvector((bounded * Vec<T>(1.4426950408889634) - Vec<T>(0.5)).raw, Int);
   const Vec<T> count(__builtin_convertvector(n, Raw<T>));
   const Vec<T> r = (bounded - count * Vec<T>(Of::ln2_high)) - count * Vec<T>(Of::ln2_low);

@@ -89,6 +89,24 @@ inline void store(c10::Half* to, Vec<float> v) {
 }
 #endif
 
+// Stores past the caches, where they do not hold the place in memory: without reading it first. `to` is
+// aligned to a vector; halves are stored as ever. _mm_sfence() must come before another thread may read.
+template <typename S, typename T>
+void stream(S* to, Vec<T> v) {
+  store(to, v);
+}
+#if defined(__AVX512F__)
+inline void stream(float* to, Vec<float> v) { _mm512_stream_ps(to, v.raw); }
+inline void stream(double* to, Vec<double> v) { _mm512_stream_pd(to, v.raw); }
+#elif defined(__AVX2__)
+inline void stream(float* to, Vec<float> v) { _mm256_stream_ps(to, v.raw); }
+inline void stream(double* to, Vec<double> v) { _mm256_stream_pd(to, v.raw); }
+#else
+inline void stream(float* to, Vec<float> v) { _mm_stream_ps(to, v.raw); }
+inline void stream(double* to, Vec<double> v) { _mm_stream_pd(to, v.raw); }
+#endif
+inline bool is_aligned(const void* to) { return reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0; }
+
 // What is left of an array at its end, as a group: what is past `count` is 0.
 template <typename S>
 struct Padded {
@@ -98,6 +116,25 @@ struct Padded {
   operator const S*() const { return values; }
   operator S*() { return values; }
 };
+
+// Writes the lanes where the condition holds, one after the other, and returns the place behind them; it may
+// write a whole vector.
+#ifdef __AVX512F__
+inline float* compress(float* to, Mask<float> condition, Vec<float> v) {
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(condition.bits, v.raw));
+  return to + __builtin_popcount(condition.bits);
+}
+inline double* compress(double* to, Mask<double> condition, Vec<double> v) {
+  _mm512_storeu_pd(to, _mm512_maskz_compress_pd(condition.bits, v.raw));
+  return to + __builtin_popcount(condition.bits);
+}
+#else
+template <typename T>
+T* compress(T* to, Mask<T> condition, Vec<T> v) {
+  for (unsigned left = to_bits(condition); left != 0; left &= left - 1) *to++ = v.raw[__builtin_ctz(left)];
+  return to;
+}
+#endif
 
 // Whole numbers of 0..255 as bytes.
 #ifdef __AVX512F__

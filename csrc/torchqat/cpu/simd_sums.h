@@ -27,6 +27,18 @@ inline std::array<Vec<double>, 2> widened(Vec<float> v) {
 }
 #endif
 
+template <typename T>
+double total(Vec<T> v) {
+  Vec<double> sum(0);
+  for (const auto part : widened(v)) sum = sum + part;
+  double lanes[Vec<double>::size];
+  store(lanes, sum);
+  for (int half = Vec<double>::size / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
 // Adds v, lane by lane, to as many sums in float64.
 template <typename T>
 void add_lanes(double* sums, Vec<T> v) {
@@ -35,6 +47,31 @@ void add_lanes(double* sums, Vec<T> v) {
     sums += part.size;
   }
 }
+
+// How often a condition held in each lane, and in all.
+template <typename T>
+class LaneCounts {
+ public:
+#ifdef __AVX512F__
+  void add(Mask<float> m) { lanes_ = _mm512_mask_sub_epi32(lanes_, m.bits, lanes_, _mm512_set1_epi32(-1)); }
+  void add(Mask<double> m) { lanes_ = _mm512_mask_sub_epi64(lanes_, m.bits, lanes_, _mm512_set1_epi64(-1)); }
+#else
+  void add(Mask<T> m) { lanes_ -= m.bits; }  // all bits: -1
+#endif
+  double total() const {
+    double sum = 0;
+    for (int i = 0; i < Vec<T>::size; ++i) sum += static_cast<double>(bit_cast<Lanes>(lanes_)[i]);
+    return sum;
+  }
+
+ private:
+  using Lanes = Raw<IntOf<T>>;
+#ifdef __AVX512F__
+  __m512i lanes_ = {};
+#else
+  Lanes lanes_ = {};
+#endif
+};
 
 // Sums of a group's lanes i and i + 8, for i = 0..7, and their total: in an order that vectors do not show
 // in.

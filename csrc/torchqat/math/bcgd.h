@@ -23,19 +23,21 @@ struct StepRule {
   T blend;
   T divisor;  // of the gradient: the gradient scaler's factor, negative to maximize
   bool nesterov;
+  bool divides = true;  // false to save the division by a divisor of 1
 
   // The new y. The direction is torch.optim.SGD's for the gradient g and the blended y.
   TORCHQAT_HD T operator()(T y, T w, T g) const {
     y = keep * y + blend * w;
-    return y - lr * (g / divisor + weight_decay * y);
+    return y - lr * (unscaled(g) + weight_decay * y);
   }
   // The same with momentum. The first buffer is the direction itself, without dampening.
   TORCHQAT_HD T operator()(T y, T w, T g, T& buffer, bool first) const {
     y = keep * y + blend * w;
-    const T d = g / divisor + weight_decay * y;
+    const T d = unscaled(g) + weight_decay * y;
     buffer = first ? d : momentum * buffer + undamped * d;
     return y - lr * (nesterov ? d + momentum * buffer : buffer);
   }
+  TORCHQAT_HD T unscaled(T g) const { return divides ? g / divisor : g; }
 };
 
 // How the scale is found from the new y.

@@ -29,26 +29,24 @@ TORCHQAT_HD T magnitude_of(Pattern<T> bits) {
 }
 
 // Counts and sums of magnitudes by the leading bits of their patterns, within the window of patterns
-// [first << shift, (first + kBins) << shift). A bin lies inside one binade, where a magnitude is linear in
+// [first << shift, (first + bins()) << shift). A bin lies inside one binade, where a magnitude is linear in
 // its pattern, so the sums are kept as integers: exact, whatever the order and the grouping of the additions.
 template <typename T>
 class MagnitudeHistogram {
  public:
-  static constexpr int kBins = 2048;
-  static constexpr int kBinBits = 11;
-  // Float: 8 bits of exponent and 3 of mantissa; double: 11 bits of exponent.
-  static constexpr int kWidestShift = 8 * sizeof(T) - 1 - kBinBits;
+  static constexpr int kMostBits = 11;  // float: 8 bits of exponent and 3 of mantissa; double: the exponent
+  static constexpr int kWidestShift = 8 * sizeof(T) - 1 - kMostBits;
 
-  MagnitudeHistogram() : bins_(kBins) {}
-
-  // Empties it and narrows it to the patterns of [lowest, highest].
-  void restart(Pattern<T> lowest, Pattern<T> highest) {
-    std::fill(bins_.begin(), bins_.end(), Bin{});
-    for (shift_ = 0; (highest >> shift_) - (lowest >> shift_) >= kBins;) ++shift_;
+  // Empties it, and makes up to 2^bits bins for the patterns of [lowest, highest].
+  void restart(Pattern<T> lowest, Pattern<T> highest, int bits) {
+    for (shift_ = 0; ((highest >> shift_) - (lowest >> shift_)) >> bits != 0;) ++shift_;
+    // A bin must not span binades.
+    shift_ = std::min(shift_, kWidestShift);
     first_ = lowest >> shift_;
+    bins_.assign((highest >> shift_) - first_ + 1, Bin{});
   }
 
-  // The value must lie in the window; before the first restart every value does.
+  // The value must lie in the window.
   void add(T value) {
     const Pattern<T> bits = pattern_of(value);
     Bin& bin = bins_[(bits >> shift_) - first_];
@@ -56,15 +54,7 @@ class MagnitudeHistogram {
     bin.offsets += bits - (bits >> shift_ << shift_);
   }
 
-  // Adds what another histogram of the same window has counted.
-  void merge(const MagnitudeHistogram& other) {
-    for (int b = 0; b < kBins; ++b) {
-      bins_[b].count += other.bins_[b].count;
-      bins_[b].offsets += other.bins_[b].offsets;
-    }
-  }
-
-  int shift() const { return shift_; }
+  int bins() const { return static_cast<int>(bins_.size()); }
   int64_t count(int bin) const { return bins_[bin].count; }
   Pattern<T> lowest(int bin) const { return (first_ + bin) << shift_; }
   Pattern<T> highest(int bin) const { return lowest(bin) + ((Pattern<T>{1} << shift_) - 1); }
@@ -85,7 +75,7 @@ class MagnitudeHistogram {
   };
 
   Pattern<T> first_ = 0;
-  int shift_ = kWidestShift;
+  int shift_ = 0;
   std::vector<Bin> bins_;
 };
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "launch.cuh"
 #include "torchqat/math/bcgd.h"
@@ -123,14 +124,36 @@ __device__ SliceOfTensor slice_of_block(const Batch& batch, const typename Batch
   return s;
 }
 
-// Calls f(memory position) for this thread's elements of a slice.
-template <typename Tensor, typename F>
-__device__ __forceinline__ void for_each_position(const Tensor& t, const SliceOfTensor& s, F&& f) {
+// Calls f(memory position, Packed<n>) for this thread's elements of a slice: n elements that follow one
+// another and may be moved as packs, or one.
+template <int n>
+using Packed = std::integral_constant<int, n>;
+
+template <int kMost, typename Tensor, typename F>
+__device__ __forceinline__ void for_each_pack(const Tensor& t, const SliceOfTensor& s, F&& f) {
   const bool consecutive = t.view.channels == 1 || t.view.inner == t.per_scale;
   const int64_t base = s.channel * t.per_scale;
-  for (int64_t j = s.begin + threadIdx.x; j < s.end; j += kThreads) {
-    f(consecutive ? base + j : t.view.position(s.channel, j));
+  int64_t first = s.begin;
+  if (consecutive && base % kMost == 0 && pack_aligned<kMost>(t.w, t.g) &&
+      pack_aligned<kMost>(t.y, t.buffer)) {
+    first = s.begin + (s.end - s.begin) / kMost * kMost;
+    for (int64_t j = s.begin + int64_t{threadIdx.x} * kMost; j < first; j += kThreads * kMost) {
+      f(base + j, Packed<kMost>());
+    }
   }
+  for (int64_t j = first + threadIdx.x; j < s.end; j += kThreads) {
+    f(consecutive ? base + j : t.view.position(s.channel, j), Packed<1>());
+  }
+}
+
+// Calls f(y) for this thread's elements of a slice; a pack of 8 is two or more accesses at once.
+template <typename Tensor, typename F>
+__device__ __forceinline__ void for_each_latent(const Tensor& t, const SliceOfTensor& s, F&& f) {
+  for_each_pack<8>(t, s, [&](int64_t p, auto n) {
+    const auto y = load_pack<n()>(t.y + p);
+    TORCHQAT_UNROLL
+    for (int i = 0; i < n(); ++i) f(y[i]);
+  });
 }
 
 }  // namespace torchqat::cuda

@@ -34,12 +34,21 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < N; ++i) levels[i] = Level(static_cast<T>(before * math::warm_share(i)), batch.bits);
   }
   math::StepSums<N> own;
-  for_each_position(t, s, [&](int64_t p) {
-    const T w = static_cast<T>(t.w[p]);
-    const T g = static_cast<T>(t.g[p]);
-    const T y = t.buffer ? rule(t.y[p], w, g, t.buffer[p], first) : rule(t.y[p], w, g);
-    t.y[p] = y;
-    own.add(std::abs(y), levels);
+  for_each_pack<4>(t, s, [&](int64_t p, auto n) {
+    const auto w = load_pack<n()>(t.w + p);
+    const auto g = load_pack<n()>(t.g + p);
+    auto y = load_pack<n()>(t.y + p);
+    Pack<T, n()> buffer{};
+    if (t.buffer) buffer = load_pack<n()>(t.buffer + p);
+    TORCHQAT_UNROLL
+    for (int i = 0; i < n(); ++i) {
+      const T from = static_cast<T>(w[i]);
+      const T grad = static_cast<T>(g[i]);
+      y[i] = t.buffer ? rule(y[i], from, grad, buffer[i], first) : rule(y[i], from, grad);
+      own.add(std::abs(y[i]), levels);
+    }
+    store_pack(t.y + p, y);
+    if (t.buffer) store_pack(t.buffer + p, buffer);
   });
   own = block_sum(own);
   if (threadIdx.x == 0) sums[blockIdx.x] = own;
@@ -84,10 +93,11 @@ __global__ void __launch_bounds__(kThreads)
   if (batch.is_skipped()) return;
   const auto s = slice_of_block(batch, batch.slices, batch.scales, kSliceElements);
   const auto& t = batch.tensors[s.tensor];
+  using T = typename Batch::Opmath;
   math::StepSums<1> own;
   with_level(batch, levels_at[s.scale], [&]<typename Level>(Level level) {
     const Level levels[1] = {level};
-    for_each_position(t, s, [&](int64_t p) { own.add(std::abs(t.y[p]), levels); });
+    for_each_latent(t, s, [&](T y) { own.add(std::abs(y), levels); });
   });
   own = block_sum(own);
   if (threadIdx.x == 0) sums[blockIdx.x] = own;
@@ -103,9 +113,15 @@ __global__ void __launch_bounds__(kThreads)
   if (s.begin == s.end) return;
   const T scale = t.scale[s.channel];
   with_level(batch, math::refits(batch.projection) ? levels_at[s.scale] : scale, [&](auto level) {
-    for_each_position(t, s, [&](int64_t p) {
-      const T q = math::with_sign_of(t.y[p], level(std::abs(t.y[p])));
-      t.w[p] = static_cast<std::remove_reference_t<decltype(t.w[p])>>(scale * q);
+    for_each_pack<8>(t, s, [&](int64_t p, auto n) {
+      using W = std::remove_pointer_t<decltype(t.w)>;
+      const auto y = load_pack<n()>(t.y + p);
+      Pack<W, n()> w;
+      TORCHQAT_UNROLL
+      for (int i = 0; i < n(); ++i) {
+        w[i] = static_cast<W>(scale * math::with_sign_of(y[i], level(std::abs(y[i]))));
+      }
+      store_pack(t.w + p, w);
     });
   });
 }

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads)
   bins.clear();
   __syncthreads();
   if (state.windows == 0) return;
-  for_each_position(t, s, [&](int64_t p) { bins.add(state, t.y[p], level); });
+  for_each_latent(t, s, [&](T y) { bins.add(state, y, level); });
   __syncthreads();
   large.bins[s.scale].add(bins);
 }
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int level = 0; level < ternary_levels<T>() && state.windows > 0; ++level) {
       bins.clear();
       __syncthreads();
-      for_each_position(t, s, [&](int64_t p) { bins.add(state, t.y[p], level); });
+      for_each_latent(t, s, [&](T y) { bins.add(state, y, level); });
       __syncthreads();
       Narrowing<T>(storage, bins, state, level).run();
     }

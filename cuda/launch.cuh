@@ -8,6 +8,8 @@
 #include <cub/block/block_reduce.cuh>
 #include <type_traits>
 
+#include "torchqat/math/macros.h"
+
 // Loops over a Pack: unrolled, its elements stay in registers.
 #ifdef __CUDACC__
 #define TORCHQAT_UNROLL _Pragma("unroll")
@@ -69,7 +71,7 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, N>& pack) {
 
 // Whether every one of the pointers may be used with packs of N.
 template <int N, typename... T>
-bool pack_aligned(const T*... pointers) {
+TORCHQAT_HD bool pack_aligned(const T*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % alignof(Pack<T, N>) == 0) && ...);
 }
 

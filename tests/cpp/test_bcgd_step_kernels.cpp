@@ -52,6 +52,7 @@ struct Options {
   bool lr_on_device = false;
   float grad_scale = 0;  // 0: none
   float found_inf = -1;  // negative: none
+  int unaligned = -1;    // the array that begins at its second element: w, g, y, buffer
 };
 
 // The state of one parameter on the host.
@@ -93,8 +94,13 @@ std::vector<Parameter<T>> make_parameters() {
 
 template <typename T>
 struct DeviceParameter {
-  explicit DeviceParameter(const Parameter<T>& p)
-      : w(p.w), g(p.g), y(p.y), buffer(p.buffer), scale(p.scale), steps(p.steps) {}
+  DeviceParameter(const Parameter<T>& p, int unaligned)
+      : w(p.w, unaligned == 0),
+        g(p.g, unaligned == 1),
+        y(p.y, unaligned == 2),
+        buffer(p.buffer, unaligned == 3),
+        scale(p.scale),
+        steps(p.steps) {}
   Buffer<T> w, g;
   Buffer<opmath_t<T>> y, buffer, scale;
   Buffer<float> steps;
@@ -130,7 +136,8 @@ std::vector<Parameter<T>> run_step(std::vector<Parameter<T>> parameters, const O
   }
   if (options.grad_scale != 0) batch->grad_scale = grad_scale.data();
   if (options.found_inf >= 0) batch->found_inf = found_inf.data();
-  std::vector<DeviceParameter<T>> device(parameters.begin(), parameters.end());
+  std::vector<DeviceParameter<T>> device;
+  for (const auto& p : parameters) device.emplace_back(p, options.unaligned);
   for (size_t i = 0; i < parameters.size(); ++i) {
     auto& d = device[i];
     batch->append({d.w.data(), d.g.data(), d.y.data(), options.momentum ? d.buffer.data() : nullptr,
@@ -341,6 +348,14 @@ TYPED_TEST(BcgdStepKernels, LaterSteps) {
   auto parameters = make_parameters<TypeParam>();
   for (auto& p : parameters) p.steps = {3};
   expect_step(parameters, {});
+}
+
+TYPED_TEST(BcgdStepKernels, UnalignedArrays) {
+  const std::vector some{make_parameter<TypeParam>(per_tensor(kSliceElements + 13), 1),
+                         make_parameter<TypeParam>(per_channel(1, 3, 50), 2)};
+  for (const int unaligned : {0, 1, 2, 3}) {
+    expect_step<TypeParam>(some, {.projection = Projection::warm, .bits = 4, .unaligned = unaligned});
+  }
 }
 
 TYPED_TEST(BcgdStepKernels, FoundInfChangesNothing) {

@@ -37,18 +37,29 @@ __global__ void __launch_bounds__(kThreads)
   for_each_pack<4>(t, s, [&](int64_t p, auto n) {
     const auto w = load_pack<n()>(t.w + p);
     const auto g = load_pack<n()>(t.g + p);
-    auto y = load_pack<n()>(t.y + p);
-    Pack<T, n()> buffer{};
-    if (t.buffer) buffer = load_pack<n()>(t.buffer + p);
-    TORCHQAT_UNROLL
-    for (int i = 0; i < n(); ++i) {
-      const T from = static_cast<T>(w[i]);
-      const T grad = static_cast<T>(g[i]);
-      y[i] = t.buffer ? rule(y[i], from, grad, buffer[i], first) : rule(y[i], from, grad);
-      own.add(std::abs(y[i]), levels);
+    const auto before = load_pack<n()>(t.y + p);
+    Pack<T, n()> y;
+    const auto make = [&](auto&& rule_of) {
+      TORCHQAT_UNROLL
+      for (int i = 0; i < n(); ++i) {
+        y[i] = rule_of(i, before[i], static_cast<T>(w[i]), static_cast<T>(g[i]));
+        own.add(std::abs(y[i]), levels);
+      }
+    };
+    if (t.buffer) {
+      const auto old = load_pack<n()>(t.buffer + p);
+      Pack<T, n()> buffer;
+      make([&](int i, T y_before, T from, T grad) {
+        T b = old[i];
+        const T made = rule(y_before, from, grad, b, first);
+        buffer[i] = b;
+        return made;
+      });
+      store_pack(t.buffer + p, buffer);
+    } else {
+      make([&](int, T y_before, T from, T grad) { return rule(y_before, from, grad); });
     }
     store_pack(t.y + p, y);
-    if (t.buffer) store_pack(t.buffer + p, buffer);
   });
   own = block_sum(own);
   if (threadIdx.x == 0) sums[blockIdx.x] = own;

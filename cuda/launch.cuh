@@ -66,7 +66,19 @@ __device__ __forceinline__ Pack<T, N> load_pack(const T* from) {
 
 template <typename T, int N>
 __device__ __forceinline__ void store_pack(T* to, const Pack<T, N>& pack) {
+#ifdef __CUDA_ARCH__
+  // As instructions: nvcc splits the assignment below into the elements that were made one by one.
+  constexpr size_t kBytes = alignof(Pack<T, N>);
+  using Small = std::conditional_t<kBytes == 1, unsigned char, unsigned short>;
+  using Large = std::conditional_t<kBytes == 8, uint2, uint4>;
+  using Word = std::conditional_t<kBytes == 4, unsigned, std::conditional_t<kBytes <= 2, Small, Large>>;
+  Word words[sizeof(pack) / kBytes];
+  memcpy(words, &pack, sizeof(pack));
+  TORCHQAT_UNROLL
+  for (size_t i = 0; i < sizeof(pack) / kBytes; ++i) __stwb(reinterpret_cast<Word*>(to) + i, words[i]);
+#else
   *reinterpret_cast<Pack<T, N>*>(to) = pack;
+#endif
 }
 
 // Whether every one of the pointers may be used with packs of N.

@@ -61,14 +61,18 @@ __device__ __forceinline__ void store_group(T* to, int64_t begin, int64_t n, boo
   }
 }
 
+// Groups of x that a thread loads before it works on the first: 32 bytes.
+template <typename scalar_t>
+constexpr int kGroupsAtOnce = sizeof(scalar_t) == 2 ? 2 : 1;
+
 // y = the staircase of x, or its codes when out_t is uint8_t; and the regions where `regions` is not null.
 template <typename scalar_t, typename opmath_t, typename out_t>
 __global__ void __launch_bounds__(kThreads)
     staircase_relu_kernel(const scalar_t* __restrict__ x, out_t* __restrict__ y,
                           uint16_t* __restrict__ regions, StepSizes<opmath_t> steps, int64_t n, bool packed) {
-  for (int64_t g = grid_thread(); g < math::region_words(n); g += grid_threads()) {
+  constexpr int kAtOnce = kGroupsAtOnce<scalar_t>;
+  const auto finish = [&](int64_t g, const Pack<scalar_t, kGroup>& in) {
     const int64_t begin = g * kGroup;
-    const auto in = load_group(x, begin, n, packed);
     Pack<out_t, kGroup> out;
     uint16_t word = 0;
     ChannelWalk at(steps.view, begin);
@@ -88,14 +92,25 @@ __global__ void __launch_bounds__(kThreads)
     }
     store_group(y, begin, n, packed, out);
     if (regions != nullptr) regions[g] = word;
+  };
+  const int64_t groups = math::region_words(n);
+  for (int64_t g = grid_thread(); g < groups; g += grid_threads() * kAtOnce) {
+    Pack<scalar_t, kGroup> in[kAtOnce];
+    TORCHQAT_UNROLL
+    for (int k = 0; k < kAtOnce; ++k) in[k] = load_group(x, (g + k * grid_threads()) * kGroup, n, packed);
+    TORCHQAT_UNROLL
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (g + k * grid_threads() < groups) finish(g + k * grid_threads(), in[k]);
+    }
   }
 }
 
 template <typename opmath_t, typename scalar_t, typename out_t>
 cudaError_t launch_staircase_relu(const scalar_t* x, out_t* y, uint16_t* regions,
                                   const StepSizes<opmath_t>& steps, int64_t n, cudaStream_t stream) {
-  return launch(staircase_relu_kernel<scalar_t, opmath_t, out_t>, blocks_for(n, kGroup), stream, x, y,
-                regions, steps, n, pack_aligned<kGroup>(x, y));
+  return launch(staircase_relu_kernel<scalar_t, opmath_t, out_t>,
+                blocks_for(n, kGroup * kGroupsAtOnce<scalar_t>), stream, x, y, regions, steps, n,
+                pack_aligned<kGroup>(x, y));
 }
 
 // What backward keeps of the forward pass, element by element or in groups of eight: the regions, ...

@@ -2,21 +2,40 @@
 
     python scripts/kernel_resources.py record COMPILER ARGUMENT...   compiles, keeps what ptxas says
     python scripts/kernel_resources.py report FOLDER                 prints what is kept in FOLDER
+    python scripts/kernel_resources.py accesses FOLDER [ARCH]        Markdown, with the widths of all global
+                                                                     loads and stores (needs cuobjdump)
 
-CMake uses the first as the compiler launcher of nvcc (with --resource-usage) and the second after linking.
+CMake uses the first as the compiler launcher of nvcc (with --resource-usage) and the second after linking;
+docs/cuda_kernels.md is what the third prints.
 """
 
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 SUFFIX = ".resources.txt"
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+CODE_FOR = re.compile(r"code for (sm_\w+)")
+FUNCTION = re.compile(r"Function : (\w+)")
+ACCESS = re.compile(r"\b(LDG|STG)\.E(?:\.\w+)*?(?:\.(U8|S8|U16|S16|64|128))?(?:\.\w+)* ")
+ACCESS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+OURS = re.compile(r"^_ZN8torchqat")
+
+ACCESSES_HEAD = """# What the compiler says of the CUDA kernels
+
+{arch}. Registers and spilled bytes are for each thread. Loads and stores are the instructions that access
+global memory, as count x bytes; kernels with 16-byte accesses also have single ones, for what is unaligned or
+left over. Made by `python scripts/kernel_resources.py accesses`: it tells how the kernels were compiled, not
+how fast they run.
+
+| kernel | registers | spilled B | loads | stores |
+|---|---|---|---|---|"""
 
 
 @dataclass
@@ -27,6 +46,7 @@ class Kernel:
     shared: int = 0
     stack: int = 0
     spilled: int = 0
+    accesses: Counter = field(default_factory=Counter)  # of (LDG or STG, bytes)
 
 
 def record(command: list[str]) -> int:
@@ -74,11 +94,15 @@ def demangle(names: list[str]) -> list[str]:
     return [short_name(line) for line in filtered.stdout.splitlines()]
 
 
-def report(folder: Path) -> int:
-    kernels = [k for file in sorted(folder.rglob("*" + SUFFIX)) for k in parse(file.read_text())]
+def name_all(kernels: list[Kernel]):
     for kernel, name in zip(kernels, demangle([k.name for k in kernels]), strict=True):
         kernel.name = name
     kernels.sort(key=lambda k: (k.name, k.arch))
+
+
+def report(folder: Path) -> int:
+    kernels = [k for file in sorted(folder.rglob("*" + SUFFIX)) for k in parse(file.read_text())]
+    name_all(kernels)
     print("arch    registers  shared B  stack B  spilled B  kernel   (shared: static; stack: per thread)")
     for k in kernels:
         print(f"{k.arch:<7} {k.registers:>9} {k.shared:>9} {k.stack:>8} {k.spilled:>10}  {k.name}")
@@ -88,12 +112,58 @@ def report(folder: Path) -> int:
     return 0 if kernels else 1  # a build of kernels that ptxas said nothing about is one that was not read
 
 
+def cuobjdump() -> str:
+    """The toolkit's, or the one that Triton carries."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    try:
+        from triton import backends
+    except ImportError:
+        sys.exit("kernel_resources.py: needs cuobjdump, of the CUDA toolkit or of the triton package")
+    return str(Path(next(iter(backends.__path__)), "nvidia/bin/cuobjdump"))
+
+
+def read_accesses(sass: str, kernels: list[Kernel]):
+    """Counts the global loads and stores in the code of each kernel."""
+    by_name = {(k.name, k.arch): k for k in kernels}
+    arch, current = "", None
+    for line in sass.splitlines():
+        if match := FUNCTION.search(line):
+            current = by_name.get((match[1], arch))
+        elif match := CODE_FOR.search(line):
+            arch = match[1]
+        elif current and (match := ACCESS.search(line)):
+            current.accesses[match[1], ACCESS_BYTES.get(match[2], 4)] += 1
+
+
+def accesses(folder: Path, arch: str = "sm_90") -> int:
+    kernels, program = [], cuobjdump()
+    for file in sorted(folder.rglob("*" + SUFFIX)):
+        own = [k for k in parse(file.read_text()) if k.arch == arch and OURS.search(k.name)]
+        listing = [program, "-sass", "-arch", arch, str(file).removesuffix(SUFFIX)]
+        read_accesses(subprocess.run(listing, capture_output=True, text=True, check=True).stdout, own)
+        kernels += own
+    if not kernels:
+        sys.exit(f"kernel_resources.py: {folder} has no kernels for {arch}; build with CUDA first")
+    name_all(kernels)
+    print(ACCESSES_HEAD.format(arch=arch))
+    for k in kernels:
+        widths = {"LDG": [], "STG": []}
+        for (kind, size), count in sorted(k.accesses.items(), reverse=True):
+            widths[kind].append(f"{count} x {size}")
+        loads, stores = (", ".join(found) for found in widths.values())
+        print(f"| `{k.name}` | {k.registers} | {k.spilled} | {loads} | {stores} |")
+    return 0
+
+
 def main() -> int:
     match sys.argv[1:]:
         case ["record", *command] if command:
             return record(command)
         case ["report", folder]:
             return report(Path(folder))
+        case ["accesses", folder, *arch] if len(arch) <= 1:
+            return accesses(Path(folder), *arch)
     sys.exit(__doc__)
 
 

@@ -337,3 +337,30 @@ def test_the_report_of_kernels_reads_what_ptxas_says(tmp_path):
     rows = [line.split()[:5] for line in done.stdout.splitlines() if line.startswith("sm_90")]
     assert sorted(rows) == [["sm_90", "10", "0", "0", "0"], ["sm_90", "48", "44", "8", "16"]]
     assert done.returncode == 0 and "2 kernels, at most 48 registers, 1 of them spill" in done.stdout
+
+
+SASS = """	code for sm_80
+		Function : _ZN8torchqat4cuda6kernelIfEEvPT_
+        /*0000*/    LDG.E.128 R4, [R2.64] ;
+	code for sm_90
+		Function : _ZN8torchqat4cuda6kernelIfEEvPT_
+        /*0000*/    LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0010*/    LDG.E.128 R8, desc[UR4][R2.64+0x10] ;
+        /*0020*/    LDG.E.U16 R9, desc[UR4][R6.64] ;
+        /*0030*/    LDS.128 R8, [R2] ;
+        /*0040*/    STG.E desc[UR4][R2.64], R9 ;
+"""
+
+
+def test_the_page_of_kernels_tells_the_widths_of_accesses(tmp_path):
+    (tmp_path / "a.o.resources.txt").write_text(PTXAS)
+    (tmp_path / "sass.txt").write_text(SASS)
+    tool = tmp_path / "cuobjdump"
+    tool.write_text(f"#!/bin/sh\nexec cat {tmp_path}/sass.txt\n")
+    tool.chmod(0o755)
+    script = [sys.executable, str(ROOT / "scripts/kernel_resources.py"), "accesses", str(tmp_path)]
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(script, capture_output=True, text=True, check=True, env=path)
+    assert done.stdout.endswith("| `kernel<float>` | 48 | 16 | 2 x 16, 1 x 2 | 1 x 4 |\n")
+    none = subprocess.run([*script, "sm_100"], capture_output=True, text=True, env=path)
+    assert none.returncode == 1 and f"{tmp_path} has no kernels for sm_100" in none.stderr

@@ -107,6 +107,6 @@ function(torchqat_add_cuda target)
   set_target_properties(${target} PROPERTIES CUDA_RUNTIME_LIBRARY None TORCHQAT_CUDART_FOLDER "${folder}")
   target_link_libraries(${target} PRIVATE torchqat_torch::torch_cuda "${cudart}")
   target_compile_options(${target} PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;--extended-lambda;-lineinfo;-Xcompiler=-Wall,-Wextra>)
+    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;--extended-lambda;-Werror=cross-execution-space-call;-lineinfo;-Xcompiler=-Wall,-Wextra>)
   _torchqat_report_resources(${target})
 endfunction()

@@ -133,12 +133,17 @@ template <int kMost, typename Tensor, typename F>
 __device__ __forceinline__ void for_each_pack(const Tensor& t, const SliceOfTensor& s, F&& f) {
   const bool consecutive = t.view.channels == 1 || t.view.inner == t.per_scale;
   const int64_t base = s.channel * t.per_scale;
+  const bool packed =
+      base % kMost == 0 && pack_aligned<kMost>(t.w, t.g) && pack_aligned<kMost>(t.y, t.buffer);
   int64_t first = s.begin;
-  if (consecutive && base % kMost == 0 && pack_aligned<kMost>(t.w, t.g) &&
-      pack_aligned<kMost>(t.y, t.buffer)) {
+  if (consecutive) {
     first = s.begin + (s.end - s.begin) / kMost * kMost;
     for (int64_t j = s.begin + int64_t{threadIdx.x} * kMost; j < first; j += kThreads * kMost) {
-      f(base + j, Packed<kMost>());
+      if (packed) {
+        f(base + j, Packed<kMost>());
+      } else {  // in the same order: sums do not show where memory begins
+        for (int i = 0; i < kMost; ++i) f(base + j + i, Packed<1>());
+      }
     }
   }
   for (int64_t j = first + threadIdx.x; j < s.end; j += kThreads) {

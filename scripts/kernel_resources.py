@@ -23,7 +23,7 @@ SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) b
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 CODE_FOR = re.compile(r"code for (sm_\w+)")
 FUNCTION = re.compile(r"Function : (\w+)")
-ACCESS = re.compile(r"\b(LDG|STG)\.E(?:\.\w+)*?(?:\.(U8|S8|U16|S16|64|128))?(?:\.\w+)* ")
+ACCESS = re.compile(r"\b(LDG|STG)\.E([.\w]*) ")
 ACCESS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 OURS = re.compile(r"^_ZN8torchqat")
 
@@ -133,7 +133,8 @@ def read_accesses(sass: str, kernels: list[Kernel]):
         elif match := CODE_FOR.search(line):
             arch = match[1]
         elif current and (match := ACCESS.search(line)):
-            current.accesses[match[1], ACCESS_BYTES.get(match[2], 4)] += 1
+            width = next((ACCESS_BYTES[part] for part in match[2].split(".") if part in ACCESS_BYTES), 4)
+            current.accesses[match[1], width] += 1
 
 
 def accesses(folder: Path, arch: str = "sm_90") -> int:
@@ -153,6 +154,9 @@ def accesses(folder: Path, arch: str = "sm_90") -> int:
             widths[kind].append(f"{count} x {size}")
         loads, stores = (", ".join(found) for found in widths.values())
         print(f"| `{k.name}` | {k.registers} | {k.spilled} | {loads} | {stores} |")
+    for k in kernels:  # what reads nothing was not compiled as it is written
+        if not any(kind == "LDG" for kind, _ in k.accesses):
+            sys.exit(f"kernel_resources.py: {k.name} has no load from global memory")
     return 0
 
 

@@ -331,25 +331,25 @@ def test_the_ternary_scale_is_optimal(i, dtype, device):
     )
 
 
-@pytest.mark.parametrize("share", [1.0, 1.004, 0.9, 50.0, 0.0])
-@pytest.mark.parametrize("i", range(6))
-def test_the_ternary_scale_does_not_show_the_one_before(i, share, device):
-    y = ternary_difficulties()[i].float()
-    scales = []
-    for before in (1e-30, oracles.exact_scale(y, 2).item() * share):
-        case = Case([y.shape], 2, device=device)
-        case.latents, case.scales = [y.to(device)], [torch.tensor(before, device=device)]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("i", range(7))
+def test_the_ternary_scale_does_not_show_the_one_before(i, dtype, device):
+    huge = torch.tensor([3.4e38] * 3 + [1.03e38] * 10 + [1e38] + [0.0] * 2034)
+    y = [*ternary_difficulties(), huge][i].to(dtype)
+    best = oracles.exact_scale(y, 2)
+
+    def score(scale):
+        q = oracles.nearest_level(y, scale.cpu().to(dtype), 2).double()
+        return (y.double() * q).sum() / (q * q).sum().sqrt()
+
+    near = [best.item() * share for share in (1, 1.004, 0.9, 1 / 3, 50)]
+    for before in [*near, 0.0, -1.0, torch.nan, torch.inf, 1e-45, 1.14e38, 3.3e38]:
+        case = Case([y.shape], 2, dtype=dtype, device=device)
+        case.latents, case.scales = [y.to(device)], [torch.tensor(before, dtype=dtype, device=device)]
         case.lr.zero_()
         case.step(blend=0.0)
-        scales.append(case.scales[0])
-    if i == 0:  # many numbers of kept weights are equally good
-        for scale in scales:
-            q = oracles.nearest_level(y, scale.cpu(), 2).double()
-            best = oracles.nearest_level(y, oracles.exact_scale(y, 2).float(), 2).double()
-            score, goal = ((y.double() * q).sum() / (q * q).sum().sqrt() for q in (q, best))
-            torch.testing.assert_close(score, goal, rtol=1e-9, atol=0)
-    else:
-        assert_bitwise(scales[1:], scales[:1])
+        rtol = 1e-12 if dtype == torch.float64 else 1e-9
+        torch.testing.assert_close(score(case.scales[0]), score(best), rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

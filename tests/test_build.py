@@ -347,6 +347,7 @@ SASS = """	code for sm_80
         /*0000*/    LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
         /*0010*/    LDG.E.128 R8, desc[UR4][R2.64+0x10] ;
         /*0020*/    LDG.E.U16 R9, desc[UR4][R6.64] ;
+        /*0028*/    LDG.E.EF.LTC128B.128 R8, desc[UR4][R2.64+0x20] ;
         /*0030*/    LDS.128 R8, [R2] ;
         /*0040*/    STG.E desc[UR4][R2.64], R9 ;
 """
@@ -361,6 +362,9 @@ def test_the_page_of_kernels_tells_the_widths_of_accesses(tmp_path):
     script = [sys.executable, str(ROOT / "scripts/kernel_resources.py"), "accesses", str(tmp_path)]
     path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
     done = subprocess.run(script, capture_output=True, text=True, check=True, env=path)
-    assert done.stdout.endswith("| `kernel<float>` | 48 | 16 | 2 x 16, 1 x 2 | 1 x 4 |\n")
+    assert done.stdout.endswith("| `kernel<float>` | 48 | 16 | 3 x 16, 1 x 2 | 1 x 4 |\n")
+    (tmp_path / "sass.txt").write_text(SASS.replace("LDG", "LDL"))
+    blind = subprocess.run(script, capture_output=True, text=True, env=path)
+    assert blind.returncode == 1 and "kernel<float> has no load from global memory" in blind.stderr
     none = subprocess.run([*script, "sm_100"], capture_output=True, text=True, env=path)
     assert none.returncode == 1 and f"{tmp_path} has no kernels for sm_100" in none.stderr

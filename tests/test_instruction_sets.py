@@ -46,6 +46,15 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                 F.bcgd_step_([w], [numbers((n,), 31).clamp(-9, 9).to(dtype)], [y], [scale], [], [],
                              lr=torch.tensor(0.01), bits=bits, method=method)
                 seen += [w.clone(), y.clone(), scale.clone()]
+k = torch.arange(50_000.0, dtype=torch.float64)
+hard = [(k + 1).sqrt() - k.sqrt(), torch.tensor([3.4e38] * 3 + [1.03e38] * 10 + [1e38] + [0.0] * 2034),
+        torch.tensor([2.95, 1.38, 1.0195, 0.9805, 0.979]).repeat(4000), numbers((3000,), 7919)]
+for latent in hard:
+    for before in (0.0, -1.0, torch.nan, torch.inf, 1e-45, 2.0, 1.14e38, 3.3e38):
+        y, scale = latent.clone(), torch.tensor(before, dtype=latent.dtype)
+        w = y / 2
+        F.bcgd_step_([w], [torch.zeros_like(y)], [y], [scale], [], [], lr=torch.tensor(0.0), bits=2, blend=0.0)
+        seen += [w, scale]
 digest = hashlib.sha256()
 for t in seen:
     digest.update(t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -34,6 +35,7 @@ class TernaryScales {
       windows_[k] = math::window_beyond(edges, total, near);
       if (!windows_[k]) scales_[k] = static_cast<T>(near.scale());
     });
+    if (std::none_of(windows_.begin(), windows_.end(), [](const auto& w) { return w.has_value(); })) return;
     std::vector<math::WeightFit> above(slices_.count());
     for_each_slice([&](const Slice& slice, int64_t i, T** end) {
       if (const auto& window = windows_[slice.scale]) gather(slice, *window, above[i], end);

@@ -87,7 +87,7 @@ class WarmSums {
   int groups_ = 0;
 };
 
-// Sums for the ternary search.
+// Sums for the ternary search. A lane of T adds up those of a run, 2^7 at most.
 template <typename T>
 class EdgeSums {
  public:
@@ -95,39 +95,45 @@ class EdgeSums {
     for (int i = 0; i < math::kTernaryEdges; ++i) edges_[i] = edges.at[i];
   }
   void add(int lane, Vec<T> magnitude) {
-    const Vec<T> zero = T(0);
+    const int part = lane / Vec<T>::size;
 #pragma GCC unroll 16
     for (int i = 0; i < math::kTernaryEdges; ++i) {
       const Mask<T> is_above = magnitude > edges_[i];
       count_[i].add(is_above);
       if (i == math::kNear) {
-        at_near_.add(lane, where(is_above, magnitude, zero));
+        at_near_.add(lane, where(is_above, magnitude, Vec<T>(T(0))));
         near_ = compress(near_, (magnitude > edges_[i + 1]) & !is_above, magnitude);
       } else {
-        sum_[i] = where(is_above, sum_[i] + magnitude, sum_[i]);
+        above_[i][part] = where(is_above, above_[i][part] + magnitude, above_[i][part]);
       }
     }
-    all_ = all_ + magnitude;
+    above_[kAll][part] = above_[kAll][part] + magnitude;
     peak_ = at_least(peak_, magnitude);
   }
   void end_group() {}
   void add_to(math::TernarySums& sums, int64_t count) const {
-    for (int i = 0; i < math::kTernaryEdges; ++i) {
-      const double sum = i == math::kNear ? at_near_.total() : total(sum_[i]);
-      sums.above[i] = sums.above[i] + math::WeightFit{count_[i].total(), sum};
+    for (int i = 0; i <= math::kTernaryEdges; ++i) {
+      const double above = i == kAll ? static_cast<double>(count) : count_[i].total();
+      const LaneSums sum = i == math::kNear ? at_near_ : sum_of_run(i);
+      sums.above[i] = sums.above[i] + math::WeightFit{above, sum.total()};
     }
-    auto& all = sums.above[math::kTernaryEdges];
-    all = all + math::WeightFit{static_cast<double>(count), total(all_)};
     sums.peak = std::max(sums.peak, static_cast<double>(largest(peak_)));
   }
   T* near() const { return near_; }
 
  private:
+  static constexpr int kAll = math::kTernaryEdges;
+
+  LaneSums sum_of_run(int i) const {
+    LaneSums sum;
+    for (int lane = 0; lane < kGroup; lane += Vec<T>::size) sum.add(lane, above_[i][lane / Vec<T>::size]);
+    return sum;
+  }
+
   Vec<T> edges_[math::kTernaryEdges];
   LaneCounts<T> count_[math::kTernaryEdges];
-  Vec<T> sum_[math::kTernaryEdges] = {};
+  Vec<T> above_[math::kTernaryEdges + 1][kGroup / Vec<T>::size] = {};
   LaneSums at_near_;
-  Vec<T> all_ = T(0);
   Vec<T> peak_ = T(0);
   T* near_;
 };

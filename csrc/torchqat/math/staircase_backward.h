@@ -57,7 +57,7 @@ struct RegionBackward {
 
 // The slopes of one STE and one rule. Never asked for where the STE needs x.
 template <typename T, typename Ste>
-RegionBackward<T> region_backward(const AlphaSlope& alpha) {
+TORCHQAT_HD RegionBackward<T> region_backward(const AlphaSlope& alpha) {
   RegionBackward<T> slopes{{}, {T(0), T(alpha.inside), T(alpha.above)}};
   if constexpr (RegionSte<Ste>) {
     slopes.x = {T(Ste::passes(Region::below)), T(Ste::passes(Region::inside)), T(Ste::passes(Region::above))};

@@ -13,7 +13,7 @@ namespace torchqat::math {
 
 // Shares of the threshold before: close where the score is flattest. For a scale that moved by half a percent
 // they settle normal, uniform and Laplace distributions.
-constexpr double kTernaryShares[] = {6, 1.8, 1.25, 1.08, 1.02, .98, .92, .78, .45};
+constexpr double kTernaryShares[] = {5.5, 1.75, 1.24, 1.085, 1.025, .975, .917, .78, .45};
 constexpr int kTernaryEdges = 9;
 constexpr int kNear = 4;  // magnitudes between this edge and the next are gathered
 
@@ -28,7 +28,8 @@ struct TernaryEdges {
 };
 
 struct TernarySums {
-  // What is above each edge, to six digits; at kNear in float64. Then what there is at all.
+  // What is above each edge, by sums of kTernaryTerms in T; at kNear all in float64. Then what there is at
+  // all.
   WeightFit above[kTernaryEdges + 1];
   double peak = 0;
 
@@ -44,7 +45,9 @@ struct TernarySums {
 template <typename T>
 std::optional<MagnitudeWindow<T>> window_beyond(const TernaryEdges<T>& edges, const TernarySums& sums,
                                                 const WeightFit& near) {
-  constexpr double kMargin = 1e-5;  // float32 sums of 2^7 terms in a lane are good to 2^7 roundings
+  // 32 roundings of float32 move the sums by 2e-6 at most, and with these edges a bound by four times as
+  // much.
+  constexpr double kMargin = 1e-5;
   if (!(edges.at[kTernaryEdges - 1] > T(0)) || !std::isfinite(sums.above[kTernaryEdges].overlap))
     return MagnitudeWindow<T>{};
   const double goal = near.score() * (1 - kMargin);
@@ -53,7 +56,8 @@ std::optional<MagnitudeWindow<T>> window_beyond(const TernaryEdges<T>& edges, co
   WeightFit from;
   for (int i = 0; i <= kTernaryEdges; ++i) {
     const WeightFit& to = sums.above[i];
-    const T high = i == 0 ? static_cast<T>(sums.peak) : edges.at[i - 1];
+    const T peak = static_cast<T>(sums.peak);
+    const T high = i == 0 ? peak : std::fmin(edges.at[i - 1], peak);
     const T low = i == kTernaryEdges ? T(0) : edges.at[i];
     const bool is_empty = to.energy == from.energy;
     if (i != kNear + 1 && !is_empty && !(score_bound(from, to, high, low) < goal)) {

@@ -85,6 +85,9 @@ def read_result(path: Path, settings: dict, seed: int) -> dict | None:
     try:
         result = json.loads(path.read_bytes())
         made_with = {**result["settings"], "seed": result["seed"]}
+        accuracies = [float(entry["accuracy"]) for entry in result["history"]]
+        if not accuracies or result["accuracy"] != accuracies[-1] or float(result["seconds"]) < 0:
+            raise ValueError
     except FileNotFoundError:
         return None
     except OSError as error:

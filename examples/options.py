@@ -119,6 +119,8 @@ def problem_of_run(args: argparse.Namespace) -> str | None:
 
 
 def _problem_of_folder(args: argparse.Namespace) -> str | None:
+    if args.out == Path():
+        return "--out is empty or the current directory: name a folder for the results"
     if args.out.exists() and not args.out.is_dir():
         return f"--out {args.out} is not a folder"
     if args.resume and not any(args.out.glob(f"seed-*/{args.kept}")):

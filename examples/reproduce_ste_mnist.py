@@ -14,14 +14,15 @@ and all weights binary (BCGD), alpha learned.
 
 A float network is trained once for each seed, and all rows of the seed start from it. Finished rows are kept
 in --out, with a checkpoint per epoch of the one in work: after Ctrl-C the same command with --resume goes on,
-to the same numbers; it can name other --rows and --seeds. MNIST is read from --data-dir, else $TORCHQAT_DATA,
-else ./data, and downloaded where it is not there.
+to the same numbers; it can name other --rows and --seeds. The table is of all that is finished in --out.
+MNIST is read from --data-dir, else $TORCHQAT_DATA, else ./data, and downloaded where it is not there.
 """
 
 import ending  # noqa: F401, first: for a Ctrl-C while the others are imported
 
 # isort: split
 import argparse
+import itertools
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ ROWS = {
     "w1a2": Row("all weights binary, clipped ReLU", "clipped_relu", learned=True, weight_bits=1),
 }
 FLOAT = Row("float")
+ALL = ("float", *ROWS)
 RECIPE = options.RECIPES["mnist"]
 FLOAT_SETTINGS = ("subset", "float_epochs", "float_lr", "batch_size", "momentum", "weight_decay")
 ACT_BITS = 2
@@ -73,12 +75,15 @@ def main() -> None:
     with orderly(args):
         dataset = data.load("mnist", args.data_dir).subset(args.subset)
         with checkpoint.claimed(args.out):
-            names = ["float", *(name for name in ROWS if name in args.rows)]
+            if args.overwrite:
+                for seed, name in itertools.product(args.seeds, ALL):
+                    metrics_of(args, seed, name).unlink(missing_ok=True)
+            finished(args)  # what cannot stand in one table is refused before anything is trained
+            names = [name for name in ALL if name in ("float", *args.rows)]
             networks = [Network(args, seed, dataset, name) for seed in args.seeds for name in names]
-            results: dict[str, list[dict]] = {name: [] for name in names}
             for network in networks:
-                results[network.name].append(network.go())
-            report(results, args)
+                network.go()
+            report(finished(args), args)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -99,33 +104,48 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def metrics_of(args: argparse.Namespace, seed: int, name: str) -> Path:
+    return args.out / f"seed-{seed}" / name / "metrics.json"
+
+
+def settings_of(args: argparse.Namespace, name: str) -> dict:
+    keys = FLOAT_SETTINGS if name == "float" else (*FLOAT_SETTINGS, "epochs", "lr")
+    return {"row": name, **{key: getattr(args, key) for key in keys}}
+
+
+def finished(args: argparse.Namespace) -> dict[str, list[dict]]:
+    """The results of all rows and seeds in --out, by name; those of other settings are an error."""
+    seeds = sorted(int(n) for path in args.out.glob("seed-*") if (n := path.name[5:]).isdecimal())
+    found = {}
+    for name in ALL:
+        read = (checkpoint.read_result(metrics_of(args, n, name), settings_of(args, name), n) for n in seeds)
+        if runs := [result for result in read if result]:
+            found[name] = runs
+    return found
+
+
 class Network(Training):
     """One row of one seed, or the float network that the rows of that seed start from."""
 
     def __init__(self, args: argparse.Namespace, seed: int, dataset: data.Data, name: str):
         self.name, self.row = name, ROWS.get(name, FLOAT)
-        keys = FLOAT_SETTINGS if name == "float" else (*FLOAT_SETTINGS, "epochs", "lr")
-        settings = {"row": name, **{key: getattr(args, key) for key in keys}}
-        folder = args.out / f"seed-{seed}" / name
-        self.metrics = folder / "metrics.json"
-        if args.overwrite:
-            self.metrics.unlink(missing_ok=True)
-        self.result = checkpoint.read_result(self.metrics, settings, seed)
-        super().__init__(args, settings, seed, dataset, folder)
+        settings = settings_of(args, name)
+        self.metrics = metrics_of(args, seed, name)
+        super().__init__(args, settings, seed, dataset, self.metrics.parent)
 
-    def go(self) -> dict:
-        """Trains, unless that is done, and returns what metrics.json holds."""
-        if self.result is None:
+    def go(self) -> None:
+        """Trains and writes metrics.json, unless that is done."""
+        if not self.metrics.exists():
             torch.manual_seed(self.seed)
             model = models.lenet5(self.dataset.channels, self.dataset.size, self.dataset.classes)
             # The convolutions take most of the time, and a quarter less of it in this layout.
             self.train_from_start(model.to(self.args.device, memory_format=torch.channels_last))
             last = self.progress["history"][-1]
             what = {"seed": self.seed, "accuracy": last["accuracy"], "epochs": last["epoch"]}
-            self.result = {**conditions(self.args, self.settings), **what, **self.progress}
-            checkpoint.write_json(self.metrics, self.result)
+            checkpoint.write_json(
+                self.metrics, {**conditions(self.args, self.settings), **what, **self.progress}
+            )
         self.checkpoint.unlink(missing_ok=True)
-        return self.result
 
     def train_from_start(self, model: nn.Module) -> None:
         if self.name == "float":
@@ -148,24 +168,27 @@ class Network(Training):
 
 def report(results: dict[str, list[dict]], args: argparse.Namespace) -> None:
     """Prints the table, writes it with all numbers, and draws it."""
-    summary, several = {}, len(args.seeds) > 1
-    seeds = f"mean +- standard deviation of {len(args.seeds)} seeds" if several else f"seed {args.seeds[0]}"
+    summary = {}
     print("\nLeNet-5 on MNIST, activations of 2 bits, test accuracy in % after the last epoch\n")
-    print(f"| row | published | ours, {seeds} | epochs | seconds a seed |\n|---|---|---|---|---|")
+    print("| row | published | ours, mean +- standard deviation | seeds | epochs | seconds a seed |")
+    print("|---|---|---|---|---|---|")
     for name, runs in results.items():
         row, accuracy = ROWS.get(name, FLOAT), [run["accuracy"] for run in runs]
-        mean, spread = statistics.fmean(accuracy), statistics.stdev(accuracy) if several else 0.0
+        mean, spread = statistics.fmean(accuracy), statistics.stdev(accuracy) if len(runs) > 1 else None
         seconds = statistics.fmean(run["seconds"] for run in runs)
+        seeds, epochs = [run["seed"] for run in runs], runs[0]["epochs"]
         numbers = {"published": row.published, "mean": mean, "spread": spread, "accuracy": accuracy}
-        summary[name] = {"title": row.title, **numbers, "epochs": runs[0]["epochs"], "seconds": seconds}
-        ours = f"{mean:.2f} +- {spread:.2f}" if several else f"{mean:.2f}"
-        print(f"| {row.title} | {row.published or ''} | {ours} | {runs[0]['epochs']} | {seconds:.0f} |")
-    settings = {key: getattr(args, key) for key in (*FLOAT_SETTINGS, "epochs", "lr", "seeds")}
+        summary[name] = {"title": row.title, **numbers, "seeds": seeds, "epochs": epochs, "seconds": seconds}
+        ours = f"{mean:.2f}" + (f" +- {spread:.2f}" if len(runs) > 1 else "")
+        print(f"| {row.title} | {row.published or ''} | {ours} | {len(runs)} | {epochs} | {seconds:.1f} |")
+    settings = {key: getattr(args, key) for key in (*FLOAT_SETTINGS, "epochs", "lr")}
     checkpoint.write_json(args.out / "metrics.json", {**conditions(args, settings), "rows": summary})
+    plot = args.out / "ste_mnist.png"
+    plot.unlink(missing_ok=True)  # an old one would not show these numbers
     if not args.no_plots:
         with plt.rc_context(plots.STYLE):
-            draw(args.out / "ste_mnist.png", summary, results)
-    print(f"\neverything is in {args.out}")
+            draw(plot, summary, results)
+    print(f"\nall numbers{'' if args.no_plots else ' and the plot'} are in {args.out}")
 
 
 def draw(path: Path, summary: dict[str, dict], results: dict[str, list[dict]]) -> None:
@@ -177,21 +200,20 @@ def draw(path: Path, summary: dict[str, dict], results: dict[str, list[dict]]) -
         if row["published"]:
             left.plot(row["published"], place, "D", color=plots.QUANTIZED, markersize=6)
         histories = [[entry["accuracy"] for entry in run["history"]] for run in results[name]]
-        means = [statistics.fmean(epoch) for epoch in zip(*histories, strict=True)]
-        right.plot(means, ".--" if name == "float" else ".-", label=row["title"])
+        means = (statistics.fmean(epoch) for epoch in zip(*histories, strict=True))
+        errors = [max(100 - mean, 0.01) for mean in means]  # one of 10,000 images: the axis has no 0
+        right.plot(errors, ".--" if name == "float" else ".-", label=row["title"])
     left.plot([], [], "o", color=plots.FLOAT, alpha=0.4, label="ours, each seed (bar: mean)")
     left.plot([], [], "D", color=plots.QUANTIZED, label="published")
     left.set_yticks(range(len(summary)), [row["title"] for row in summary.values()])
     left.invert_yaxis()
     left.set(xlabel="test accuracy (%)", title="After the last epoch")
-    lowest = min(row["mean"] for row in summary.values())
-    right.set(xlabel="epoch", title="Test accuracy by epoch (%), mean of the seeds")
-    right.set_ylim(lowest - 1, 100)
+    right.set(xlabel="epoch", title="Test error by epoch (%), mean of the seeds", yscale="log")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (left, right):
         axes.grid(color="#e6e6e6")
     left.legend(fontsize=7)
-    right.legend(fontsize=7, loc="lower right")
+    right.legend(fontsize=7, loc="upper right")
     figure.savefig(path)
     plt.close(figure)
 

@@ -53,7 +53,8 @@ for latent in hard:
     for before in (0.0, -1.0, torch.nan, torch.inf, 1e-45, 2.0, 1.14e38, 3.3e38):
         y, scale = latent.clone(), torch.tensor(before, dtype=latent.dtype)
         w = y / 2
-        F.bcgd_step_([w], [torch.zeros_like(y)], [y], [scale], [], [], lr=torch.tensor(0.0), bits=2, blend=0.0)
+        lr = torch.tensor(0.0)
+        F.bcgd_step_([w], [torch.zeros_like(y)], [y], [scale], [], [], lr=lr, bits=2, blend=0.0)
         seen += [w, scale]
 digest = hashlib.sha256()
 for t in seen:

@@ -55,7 +55,7 @@ def contents(out):
 
 def test_the_whole_table(reproduce, example, tmp_path):
     code, stdout, stderr = reproduce("--seeds", 0, 1, "--out", tmp_path)
-    assert (code, stderr) == (0, "") and "mean +- standard deviation of 2 seeds" in stdout
+    assert (code, stderr) == (0, "") and "mean +- standard deviation" in stdout
     lines = [line.split("|")[1:-1] for line in stdout.splitlines() if line.startswith("|")][2:]
     summary = json.loads((tmp_path / "metrics.json").read_text())["rows"]
     assert list(summary) == ["float", *example.ROWS]
@@ -69,8 +69,14 @@ def test_the_whole_table(reproduce, example, tmp_path):
         accuracy = [run["history"][-1]["accuracy"] for run in runs]
         assert (row["accuracy"], row["published"], row["epochs"]) == (accuracy, published[name], 1)
         assert row["mean"] == statistics.fmean(accuracy) and row["spread"] == statistics.stdev(accuracy)
-        shown = [row["title"], str(published[name] or ""), f"{row['mean']:.2f} +- {row['spread']:.2f}", "1"]
-        assert [cell.strip() for cell in cells[:4]] == shown
+        shown = [
+            row["title"],
+            str(published[name] or ""),
+            f"{row['mean']:.2f} +- {row['spread']:.2f}",
+            "2",
+            "1",
+        ]
+        assert [cell.strip() for cell in cells[:5]] == shown
     assert (tmp_path / "ste_mnist.png").read_bytes().startswith(b"\x89PNG")
     kept = {path.name for path in tmp_path.glob("seed-*/*/*")}
     assert kept == {"metrics.json", "float.tqat"}  # no checkpoint of what is finished
@@ -109,6 +115,11 @@ def test_rows_and_seeds_added_later_are_those_of_one_run(reproduce, tmp_path):
     assert contents(tmp_path / "parts")[0].items() > before[0].items()
     assert reproduce(*TWO_ROWS, "--seeds", 1, *out, "--resume")[0] == 0
     assert contents(tmp_path / "parts") == contents(tmp_path / "both")
+    parts, both = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("parts", "both"))
+    for summary in (parts, both):  # the last one is of all rows and seeds
+        for row in summary["rows"].values():
+            row["seconds"] = None
+    assert parts["rows"] == both["rows"] and both["rows"]["w1a2"]["seeds"] == [0, 1]
 
 
 def test_rows_are_what_they_say(example, mnist, tmp_path, monkeypatch):
@@ -153,6 +164,7 @@ def test_the_network_is_32c5_p2_64c5_p2_512_10(example):
         (("--batch-size", "1"), "must be >= 2"),
         (("--device", "nowhere"), "--device nowhere"),
         (("--out", __file__), "is not a folder"),
+        (("--out", ""), "--out is empty or the current directory"),
         (("--resume",), "there is no checkpoint in"),
         (("--resume", "--overwrite"), "not allowed with"),
         (("--nonsense",), "unrecognized arguments: --nonsense"),
@@ -180,9 +192,23 @@ def test_results_are_replaced_only_on_demand(reproduce, tmp_path):
     code, _, stderr = reproduce(*out, "--resume", "--lr", "0.5")
     said = "seed-0/relu-frozen/metrics.json was made with other arguments: lr 0.02, not 0.5"
     assert code == 2 and one_line(stderr, said)
+    more = ("--no-plots", "--rows", "w1a2", "--seeds", 1, "--out", tmp_path, "--resume", "--lr", "0.5")
+    code, _, stderr = reproduce(*more)  # would not fit in the table of the row that is there
+    assert code == 2 and one_line(stderr, said)
     assert files_in(tmp_path) == before
     assert reproduce(*out, "--overwrite", "--lr", "0.5")[0] == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["settings"]["lr"] == 0.5
+
+
+def test_results_of_wrong_types_are_refused(reproduce, tmp_path):
+    out = ("--no-plots", "--rows", "w1a2", "--out", tmp_path)
+    assert reproduce(*out)[0] == 0
+    path = tmp_path / "seed-0" / "w1a2" / "metrics.json"
+    result = json.loads(path.read_text())
+    for damage in ({"accuracy": "abc"}, {"seconds": None}, {"history": [{}]}, {"history": []}):
+        path.write_text(json.dumps(result | damage))
+        code, _, stderr = reproduce(*out, "--resume")
+        assert code == 2 and one_line(stderr, f"{path} is damaged or not a result")
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000])

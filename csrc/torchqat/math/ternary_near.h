@@ -28,8 +28,7 @@ struct TernaryEdges {
 };
 
 struct TernarySums {
-  // What is above each edge, by sums of kTernaryTerms in T; at kNear all in float64. Then what there is at
-  // all.
+  // What is above each edge, by sums of up to 2^7 in T; at kNear all in float64. Then what there is at all.
   WeightFit above[kTernaryEdges + 1];
   double peak = 0;
 
@@ -45,9 +44,8 @@ struct TernarySums {
 template <typename T>
 std::optional<MagnitudeWindow<T>> window_beyond(const TernaryEdges<T>& edges, const TernarySums& sums,
                                                 const WeightFit& near) {
-  // 32 roundings of float32 move the sums by 2e-6 at most, and with these edges a bound by four times as
-  // much.
-  constexpr double kMargin = 1e-5;
+  // 2^7 roundings of float32 move a sum by 7.6e-6 at most, and with these edges a bound by four times that.
+  constexpr double kMargin = 3e-5;
   if (!(edges.at[kTernaryEdges - 1] > T(0)) || !std::isfinite(sums.above[kTernaryEdges].overlap))
     return MagnitudeWindow<T>{};
   const double goal = near.score() * (1 - kMargin);

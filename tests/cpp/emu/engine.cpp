@@ -119,6 +119,13 @@ void complete_warp_call() {
     if (other->call.mask != mine.mask) fail("lanes of one warp call give different masks", mine.site);
     ballot |= uint64_t{other->call.value != 0} << lane;
   }
+  if (mine.kind == WarpCall::Kind::together) {
+    void* of_lanes[kWarpSize] = {};
+    for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+      if (mine.mask >> lane & 1) of_lanes[lane] = lane_of(running, lane)->call.own;
+    }
+    (*mine.work)(of_lanes);
+  }
   for (unsigned lane = 0; lane < kWarpSize; ++lane) {
     if (!(mine.mask >> lane & 1)) continue;
     Thread* other = lane_of(running, lane);

@@ -1,0 +1,54 @@
+#pragma once
+
+#include <cstdint>
+
+#include "torchqat/math/select.h"
+
+// Feature affinity: Li, Yang, Yin, Qi, Xin, "Feature affinity assisted knowledge distillation and
+// quantization of deep neural networks on label-free data", 2023. The features of a pixel are a column,
+// columns are brought to unit length, and S = A'A - B'B compares which pixels are alike to the student (A)
+// and to the teacher (B).
+namespace torchqat::math {
+
+// A column f of norm n and its unit column a = f / (n + eps). A column of zeros stays zeros and has no
+// gradient, where the formula alone would blow it up by 1 / eps.
+template <typename T>
+struct UnitColumn {
+  T norm;
+  T eps;
+
+  // What f is multiplied by.
+  TORCHQAT_HD T scale() const { return where(norm == T(0), T(0), T(1) / (norm + eps)); }
+  // The gradient of an element of f from that of a, where `dot` is the product of a and its gradient.
+  TORCHQAT_HD T gradient(T grad, T unit, T dot) const {
+    const T radial = where(norm == T(0), T(0), (norm + eps) / norm);
+    return (grad - unit * (dot * radial)) * scale();
+  }
+};
+
+template <typename T>
+TORCHQAT_HD T magnitude(T s) {
+  return where(s < T(0), -s, s);
+}
+// 1, -1, or what is neither: 0 and NaN.
+template <typename T>
+TORCHQAT_HD T sign(T s) {
+  return where(s > T(0), T(1), where(s < T(0), T(-1), s));
+}
+
+// Floating-point operations for an image, forward and backward together, of the forms that the squared
+// Frobenius norm of S has.
+struct AffinityFlops {
+  int64_t direct;  // S itself, pixels x pixels
+  int64_t gram;    // by the Gram matrices of channels: |S|^2 = |AA'|^2 + |BB'|^2 - 2 |AB'|^2
+  int64_t fast;    // S times random probes, an estimate
+};
+
+inline AffinityFlops affinity_flops(int64_t student, int64_t teacher, int64_t pixels, int64_t probes) {
+  const int64_t both = student + teacher;
+  return {2 * pixels * pixels * (both + student),
+          2 * pixels * (student * both + teacher * teacher + student * both),
+          2 * pixels * probes * (2 * both + 3 * student)};
+}
+
+}  // namespace torchqat::math

@@ -56,22 +56,24 @@ TORCHQAT_ALL_INLINE void unit(const Columns<const S>& features, double eps, W* u
 }
 
 template <typename S, typename W>
-TORCHQAT_ALL_INLINE void gradient(const W* grad, const W* unit, const double* norms, double eps,
-                                  double factor, const Columns<S>& grad_features) {
-  const int64_t pixels = grad_features.pixels;
-  for (int64_t pixel = 0; pixel < pixels; pixel += kBlock) {
-    const int64_t count = std::min(kBlock, pixels - pixel);
+TORCHQAT_ALL_INLINE void gradient(const W* grad, const Columns<const S>& features, const double* norms,
+                                  double eps, double factor, const Columns<S>& grad_features) {
+  OpMath<S> row[kBlock] = {};
+  for (int64_t pixel = 0; pixel < features.pixels; pixel += kBlock) {
+    const int64_t count = std::min(kBlock, features.pixels - pixel);
+    const W* grads = grad + pixel;
     double dots[kBlock] = {};
-    for (int64_t c = 0; c < grad_features.channels; ++c) {
-      const int64_t at = c * pixels + pixel;
-      for (int64_t i = 0; i < count; ++i) dots[i] += static_cast<double>(grad[at + i]) * unit[at + i];
+    for (int64_t c = 0; c < features.channels; ++c) {
+      read_row(features, c, pixel, count, row);
+      const W* of = grads + c * features.pixels;
+      for (int64_t i = 0; i < count; ++i) dots[i] += static_cast<double>(of[i]) * row[i];
     }
-    for (int64_t c = 0; c < grad_features.channels; ++c) {
-      OpMath<S> row[kBlock];
-      const int64_t at = c * pixels + pixel;
+    for (int64_t c = 0; c < features.channels; ++c) {
+      read_row(features, c, pixel, count, row);
+      const W* of = grads + c * features.pixels;
       for (int64_t i = 0; i < count; ++i) {
         const math::UnitColumn<double> column{norms[pixel + i], eps};
-        row[i] = static_cast<OpMath<S>>(factor * column.gradient(grad[at + i], unit[at + i], dots[i]));
+        row[i] = static_cast<OpMath<S>>(factor * column.gradient(of[i], row[i], dots[i]));
       }
       write_row(row, grad_features, c, pixel, count);
     }

@@ -24,8 +24,8 @@ struct ColumnKernels {
   // The unit columns, as a dense (channels, pixels) matrix, and the columns' norms.
   void (*unit)(const Columns<const S>& features, double eps, W* unit, double* norms);
   // The gradient in the features, times a factor, from that in their unit columns (dense as well).
-  void (*gradient)(const W* grad, const W* unit, const double* norms, double eps, double factor,
-                   const Columns<S>& grad_features);
+  void (*gradient)(const W* grad, const Columns<const S>& features, const double* norms, double eps,
+                   double factor, const Columns<S>& grad_features);
 };
 
 #define DECLARE(isa)                                                            \

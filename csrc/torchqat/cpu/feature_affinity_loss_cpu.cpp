@@ -77,16 +77,16 @@ void fill_unit(const at::Tensor& features, double eps, const at::Tensor& unit, c
 
 // The gradient in the features of images from that in their unit columns.
 template <typename W>
-void fill_gradient(const at::Tensor& grad, const at::Tensor& unit, const at::Tensor& norms, double eps,
+void fill_gradient(const at::Tensor& grad, const at::Tensor& features, const at::Tensor& norms, double eps,
                    const at::Tensor& grad_features) {
-  const double factor = 1.0 / static_cast<double>(grad_features.size(2));
+  const double factor = 1.0 / static_cast<double>(features.size(2));
   AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, grad_features.scalar_type(), "feature_affinity_cpu", [&] {
+      at::kHalf, at::kBFloat16, features.scalar_type(), "feature_affinity_cpu", [&] {
         if constexpr (!(std::is_same_v<scalar_t, double> && std::is_same_v<W, float>)) {
           const auto& kernels = TORCHQAT_BEST_ISA(column_kernels<scalar_t, W>());
-          for (int64_t k = 0; k < grad.size(0); ++k) {
+          for (int64_t k = 0; k < features.size(0); ++k) {
             kernels.gradient(grad.const_data_ptr<W>() + k * grad.stride(0),
-                             unit.const_data_ptr<W>() + k * unit.stride(0),
+                             columns_of<const scalar_t>(features, k),
                              norms.const_data_ptr<double>() + k * norms.stride(0), eps, factor,
                              columns_of<scalar_t>(grad_features, k));
           }
@@ -125,7 +125,7 @@ at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, double eps,
       fill_unit<W>(of_part(b), eps, unit.narrow(1, a.size(1), b.size(1)), norms[1]);
       const auto affinity = products(unit, grad.defined());
       of_part(values).copy_(affinity.value);
-      if (grad.defined()) fill_gradient<W>(affinity.gradient, unit, norms[0], eps, of_part(grad));
+      if (grad.defined()) fill_gradient<W>(affinity.gradient, students, norms[0], eps, of_part(grad));
     }
   });
   if (grad.defined() && !grad.is_alias_of(gradient)) gradient.copy_(grad.view_as(gradient));

@@ -15,6 +15,7 @@ namespace torchqat {
 namespace {
 
 void check_features(std::string_view op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_TYPE(t.defined(), op, ": ", name, " must be of type Tensor, got None");
   TORCH_CHECK_TYPE(t.layout() == at::kStrided, op, ": ", name, " must be a dense tensor, got layout ",
                    t.layout());
   TORCH_CHECK_TYPE(is_supported(t.scalar_type()), op, ": ", name, " must be ", kSupportedDtypes, ", got ",

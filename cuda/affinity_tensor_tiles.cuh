@@ -17,6 +17,8 @@ struct TensorTiles {
   float* grad;  // as `student`: images, its pixels, its channels; null where none is wanted
   int64_t pixels;
 
+  static constexpr int kBlocksAtOnce = 2;  // on a multiprocessor, at least
+
   // What a block keeps in shared memory: pixels of a tile, 64 of their channels at a time.
   static constexpr int kDepth = 64;
   static constexpr int kPack = 8;

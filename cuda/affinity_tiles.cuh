@@ -31,6 +31,8 @@ struct FmaTiles {
   UnitColumns<T> grad;  // of the student's unit columns; data is null where none is wanted
   int64_t pixels;
 
+  static constexpr int kBlocksAtOnce = sizeof(T) == 8 ? 1 : 2;  // on a multiprocessor, at least
+
   // Channels, or pixels, of which a stage holds the numbers of a whole tile.
   static constexpr int kDepth = 128 / sizeof(T);
   static constexpr int kPack = 16 / sizeof(T);

@@ -12,7 +12,7 @@ constexpr int64_t tiles_of(int64_t pixels) { return (pixels + kSide - 1) / kSide
 
 // A block takes every tile of so many rows that comes to it, and leaves one partial sum.
 template <typename Tiles>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, Tiles::kBlocksAtOnce)
     affinity_value_kernel(Tiles tiles, int64_t blocks_per_image, double* __restrict__ partial) {
   __shared__ typename Tiles::Stage stage;
   const int64_t image = blockIdx.x / blocks_per_image;
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads)
 // A block has 64 pixels, and goes through all the others: the gradient of its pixels is written by no other.
 // Here it is that of half the value, the sum over j of sign(S_ij) a_j.
 template <typename Tiles>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, Tiles::kBlocksAtOnce)
     affinity_gradient_kernel(Tiles tiles, double* __restrict__ partial) {
   __shared__ typename Tiles::Stage stage;
   __shared__ typename Tiles::Signs signs;

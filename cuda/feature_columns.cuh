@@ -223,7 +223,6 @@ __global__ void __launch_bounds__(kThreads)
   const bool inside = pixel < features.pixels;
   const math::UnitColumn<double> column{
       inside ? static_cast<double>(norms[place.image * features.pixels + pixel]) : 0.0, eps};
-  const double scale = column.scale();
   double overlap = 0;
   const auto load = [&](int64_t channel) {
     load_patch(features, place.image, channel, place.pixel, patch);
@@ -232,16 +231,16 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t channel = 0; channel < features.channels; channel += kPatch) {
     load(channel);
     for_patch(false, [&](int c, int n, int) {
-      overlap += static_cast<double>(grad_patch.at[c][n]) * (static_cast<double>(patch.at[c][n]) * scale);
+      overlap += static_cast<double>(grad_patch.at[c][n]) * static_cast<double>(patch.at[c][n]);
     });
   }
   overlap = sum_of_pixel(overlap);
   for (int64_t channel = 0; channel < features.channels; channel += kPatch) {
     load(channel);
     for_patch(false, [&](int c, int n, int) {
-      const double unit = static_cast<double>(patch.at[c][n]) * scale;
-      patch.at[c][n] =
-          static_cast<T>(factor * column.gradient(static_cast<double>(grad_patch.at[c][n]), unit, overlap));
+      const double element = column.gradient(static_cast<double>(grad_patch.at[c][n]),
+                                             static_cast<double>(patch.at[c][n]), overlap);
+      patch.at[c][n] = static_cast<T>(factor * element);
     });
     __syncthreads();
     for_patch(grad_features.channels_are_neighbors(), [&](int c, int n, int) {

@@ -177,3 +177,42 @@ def bcgd_projection(y, before, bits, method):
         step, scale = lloyd_scale(y, bits)
         return scale, step, nearest
     return (exact_scale(y, bits) if bits <= 2 else warm_scale(y, before, bits)), None, nearest
+
+
+# ---- feature affinity (Li, Yang, Yin, Qi, Xin 2023) ----
+
+
+def affinity(features, eps=1e-5):
+    """How alike the pixels are: the products of all pairs of unit columns, (batch, pixels, pixels), float64.
+
+    Where a column is zero its gradient is zero: torch.linalg.vector_norm has that subgradient, and the
+    division by eps, which would blow up what comes back, is left out.
+    """
+    columns = features.double().flatten(2)
+    norm = torch.linalg.vector_norm(columns, dim=1, keepdim=True)
+    unit = torch.where(norm == 0, 0, columns / torch.where(norm == 0, 1, norm + eps))
+    return unit.mT @ unit
+
+
+def affinity_difference(student, teacher, eps=1e-5):
+    return affinity(student, eps) - affinity(teacher, eps)
+
+
+def over_batch(values, reduction):
+    return values.mean() if reduction == "mean" else values.sum()
+
+
+def feature_affinity(student, teacher, norm="l1", reduction="mean", eps=1e-5):
+    s = affinity_difference(student, teacher, eps)
+    pixels = s.shape[-1]
+    if norm == "l1":
+        total = (s * (1 - torch.eye(pixels, device=s.device))).abs().sum((1, 2))
+    else:
+        total = s.square().sum((1, 2))
+    return over_batch(total, reduction) / pixels**2
+
+
+def fast_feature_affinity(student, teacher, probes, norm="l1", reduction="mean", eps=1e-5):
+    probed = affinity_difference(student, teacher, eps) @ probes.double()
+    total = probed.abs() if norm == "l1" else probed.square()
+    return over_batch(total.mean(2).sum(1), reduction) / probed.shape[1] ** 2

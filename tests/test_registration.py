@@ -81,6 +81,22 @@ SAMPLES = {
             dict(lr=torch.tensor(0.1), bits=1, grad_scale=alpha(grad=False), found_inf=torch.zeros(())),
         ),
     ],
+    "feature_affinity_loss": lambda: [
+        ((x(), x(grad=False)), {}),
+        ((x(), x(2, 7, 4, 5)), dict(norm="fro", reduction="sum")),
+        ((x(2, 3, 4, 5).to(memory_format=torch.channels_last), x(grad=False)), {}),
+        ((x(dtype=torch.bfloat16), x(2, 1, 4, 5, grad=False)), dict(norm="fro")),
+        ((x(2, 3, 1, dtype=torch.float64), x(2, 3, 1, grad=False)), {}),
+        ((x(0, 3, 4), x(0, 3, 4, grad=False)), {}),
+        ((x(grad=False), x(2, 7, 4, 5, grad=False)), {}),
+    ],
+    "fast_feature_affinity_loss": lambda: [
+        ((x(), x(grad=False), x(20, 3, grad=False)), {}),
+        ((x(), x(2, 7, 4, 5), x(20, 1, grad=False)), dict(norm="fro", reduction="sum")),
+        ((x(dtype=torch.float16), x(2, 1, 4, 5, grad=False), x(20, 4, grad=False)), {}),
+        ((x(grad=False), x(grad=False), x(20, 3, grad=False)), {}),
+    ],
+    "recommend_feature_affinity": lambda: [],
     "_bounded_alpha": lambda: [((alpha(3), 1e-3, 0.01, 1.0), {}), ((alpha(grad=False), 1.0, 1.0, 1.0), {})],
     "_staircase_relu_forward": lambda: [((x(grad=False), alpha(grad=False), 2, 1), {})],
     "_staircase_relu_backward": lambda: [
@@ -100,6 +116,11 @@ SAMPLES = {
         ),
         ((x(4, grad=False), x(4, grad=False), alpha(grad=False), [4], [1], 2, "relu", "exact", 1), {}),
     ],
+    "_feature_affinity_loss": lambda: [((x(grad=False), x(grad=False), "l1", "mean", 1e-5), {})],
+    "_fast_feature_affinity_loss": lambda: [
+        ((x(grad=False), x(grad=False), x(20, 3, grad=False), "fro", "sum", 1e-5), {})
+    ],
+    "_feature_affinity_backward": lambda: [((alpha(grad=False), x(grad=False), "mean"), {})],
     "ste_names": lambda: [],
 }
 CASES = [(name, i) for name, samples in SAMPLES.items() for i in range(len(samples()))]
@@ -164,7 +185,11 @@ def test_the_meta_kernel_predicts_shape_dtype_and_strides(name, i):
         assert (r.shape, r.dtype, r.stride()) == (m.shape, m.dtype, m.stride())
 
 
-PURE = [(name, i) for name, i in CASES if not name.startswith("_staircase") and name != "bcgd_step_"]
+PURE = [
+    (name, i)
+    for name, i in CASES
+    if name == "_bounded_alpha" or not name.startswith("_") and name != "bcgd_step_"
+]
 
 
 # The code generator of inductor sees an operator as a black box: two samples of each are enough.
@@ -191,13 +216,18 @@ def test_compile_of_the_step_changes_what_the_eager_step_changes():
     assert_same(again, args)
 
 
-@pytest.mark.parametrize("i", range(8))  # the last sample has no gradient
-def test_compiled_autograd(i):
+DIFFERENTIABLE = ("staircase_relu", "feature_affinity_loss", "fast_feature_affinity_loss")
+
+
+@pytest.mark.parametrize(
+    "name, i", [(name, i) for name in DIFFERENTIABLE for i in range(len(SAMPLES[name]()) - 1)]
+)  # the last sample has no gradient
+def test_compiled_autograd(name, i):
     torch._dynamo.reset()
-    args, kwargs = SAMPLES["staircase_relu"]()[i]
+    args, kwargs = SAMPLES[name]()[i]
     again = detached(args)
-    expected = gradients(overload("staircase_relu")(*args, **kwargs), args)
-    out = overload("staircase_relu")(*again, **kwargs)
+    expected = gradients(overload(name)(*args, **kwargs), args)
+    out = overload(name)(*again, **kwargs)
     weight = torch.arange(out.numel()).view_as(out)
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
         (out * weight).sum().backward()

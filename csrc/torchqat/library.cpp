@@ -1,5 +1,6 @@
 #include <torch/library.h>
 
+#include "torchqat/ops/feature_affinity_loss.h"
 #include "torchqat/ops/staircase_relu.h"
 
 // Every operator of torchqat, in the order of the documentation. Names that begin with _ are private:
@@ -27,6 +28,19 @@ TORCH_LIBRARY(qat, m) {
       tags);
 
   m.def(
+      "feature_affinity_loss(Tensor student, Tensor teacher, *, str norm='l1', str reduction='mean', "
+      "float eps=1e-5) -> Tensor",
+      tags);
+  m.def(
+      "fast_feature_affinity_loss(Tensor student, Tensor teacher, Tensor probes, *, str norm='l1', "
+      "str reduction='mean', float eps=1e-5) -> Tensor",
+      tags);
+  m.def(
+      "recommend_feature_affinity(int student_channels, int teacher_channels, int pixels, *, int probes=15) "
+      "-> str",
+      torchqat::recommend_feature_affinity);
+
+  m.def(
       "_staircase_relu_forward(Tensor x, Tensor alpha, int bits, int channel_dim) -> (Tensor y, Tensor "
       "regions)",
       tags);
@@ -35,5 +49,14 @@ TORCH_LIBRARY(qat, m) {
       "bits, str ste, "
       "str alpha_grad, int channel_dim) -> (Tensor grad_x, Tensor grad_alpha)",
       tags);
+  m.def(
+      "_feature_affinity_loss(Tensor student, Tensor teacher, str norm, str reduction, float eps) "
+      "-> (Tensor loss, Tensor gradient)",
+      tags);
+  m.def(
+      "_fast_feature_affinity_loss(Tensor student, Tensor teacher, Tensor probes, str norm, str reduction, "
+      "float eps) -> (Tensor loss, Tensor gradient)",
+      tags);
+  m.def("_feature_affinity_backward(Tensor grad, Tensor gradient, str reduction) -> Tensor", tags);
   m.def("_bounded_alpha(Tensor alpha, float minimum, float grad_scale, float grad_clip) -> Tensor", tags);
 }

@@ -2,5 +2,6 @@
 
 // Everything a LibTorch program uses.
 #include "torchqat/ops/bcgd_step.h"
+#include "torchqat/ops/feature_affinity_loss.h"
 #include "torchqat/ops/quantize_weight.h"
 #include "torchqat/ops/staircase_relu.h"

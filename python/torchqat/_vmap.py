@@ -59,26 +59,37 @@ _register_staircase("staircase_codes")
 
 
 def _register_one_by_one(name):
-    """For the private halves, whose packed codes do not batch: per-sample gradients go sample by sample."""
+    """For operators whose arguments do not batch: per-sample gradients go sample by sample."""
     op = getattr(torch.ops.qat, name)
 
     @register(f"qat::{name}")
-    def rule(info, in_dims, *args):
+    def rule(info, in_dims, *args, **options):
         dims = list(in_dims) + [None] * (len(args) - len(in_dims))
         samples = [
             op(
                 *(
                     a.select(d, i) if isinstance(a, torch.Tensor) and d is not None else a
                     for a, d in zip(args, dims, strict=True)
-                )
+                ),
+                **options,
             )
             for i in range(info.batch_size)
         ]
+        if isinstance(samples[0], torch.Tensor):
+            return torch.stack(samples), 0
         return tuple(torch.stack(parts) for parts in zip(*samples, strict=True)), (0, 0)
 
 
-_register_one_by_one("_staircase_relu_forward")
-_register_one_by_one("_staircase_relu_backward")
+for _name in (
+    "_staircase_relu_forward",
+    "_staircase_relu_backward",
+    "feature_affinity_loss",
+    "fast_feature_affinity_loss",
+    "_feature_affinity_loss",
+    "_fast_feature_affinity_loss",
+    "_feature_affinity_backward",
+):
+    _register_one_by_one(_name)
 
 
 @register("qat::_bounded_alpha")

@@ -7,7 +7,10 @@ from torchqat._call import call
 
 __all__ = [
     "bcgd_step_",
+    "fast_feature_affinity_loss",
+    "feature_affinity_loss",
     "quantize_weight",
+    "recommend_feature_affinity",
     "staircase_codes",
     "staircase_relu",
     "ste_names",
@@ -334,4 +337,172 @@ def bcgd_step_(
         maximize=maximize,
         grad_scale=grad_scale,
         found_inf=found_inf,
+    )
+
+
+def feature_affinity_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    norm: str = "l1",
+    reduction: str = "mean",
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Feature affinity (FA): how differently the student and the teacher see which pixels are alike.
+
+    The features of an image are a matrix of channels times :math:`N` pixels, whose columns are brought to
+    unit length, :math:`a = f / (\|f\|_2 + \varepsilon)`. With :math:`A` from the student and :math:`B` from
+    the teacher,
+
+    .. math::
+        S = A^T A - B^T B, \qquad
+        \mathrm{l1}: \frac{1}{N^2} \sum_{i \ne j} |S_{ij}|, \qquad
+        \mathrm{fro}: \frac{1}{N^2} \sum_{i, j} S_{ij}^2,
+
+    the mean or the sum over the batch. The two may have different numbers of channels, and what is compared
+    does not change when the channels of either are rotated. Labels have no part in it.
+
+    :math:`S` has :math:`N^2` elements and is never stored: ``l1`` makes it tile by tile and drops it;
+    ``fro`` uses the Gram matrices of the channels, :math:`\|S\|_F^2 = \|AA^T\|_F^2 + \|BB^T\|_F^2 -
+    2\|AB^T\|_F^2`, or where there are few pixels, less than about 1.7 times the channels, :math:`S` itself
+    (the form that needs fewer operations). The gradient is computed along with the loss, and is all that is
+    kept for backward: as many bytes as the student's features. The work on an image, forward and backward,
+    is with :math:`C` channels in both :math:`4 N^2 C` operations for ``l1`` on a CPU (half of :math:`S` is
+    enough; :math:`6 N^2 C` on a GPU), and the lesser of :math:`10 N C^2` and :math:`6 N^2 C` for ``fro``.
+
+    ``fro`` is computed in float64, whatever the features: where the student is close to the teacher the loss
+    is a small difference of large numbers, of which float32 keeps no digit at a relative distance of 1e-3.
+    Float64 products cost little on CPUs and on data-center GPUs; on other GPUs they run at 1/32 to 1/64 of
+    the float32 rate. ``l1`` is computed in float32 (float64 for float64 features); its gradient follows the
+    signs of :math:`S`, and those of elements below about 1e-6 are rounding. Neither uses TF32, and autocast
+    changes nothing.
+
+    Args:
+        student: features of shape (batch, channels, \*spatial), any number of spatial dimensions; float64,
+            float32, bfloat16 or float16.
+        teacher: features with the same batch and spatial sizes, of any number of channels and any of the four
+            dtypes, on the same device. (:mod:`torchqat.distill` resizes.)
+        norm: ``l1`` or ``fro``. The diagonal of :math:`S` counts for ``fro``, and not for ``l1``.
+        reduction: ``mean`` or ``sum`` over the batch; over an empty batch both are 0.
+        eps: :math:`\varepsilon`, >= 0. A column of zeros, which is what ReLU leaves of some pixels, is a unit
+            column of zeros, and its gradient is defined to be 0.
+
+    Returns:
+        Tensor: the loss, 0-dim; float32, or float64 where an input is float64. Both inputs may require grad;
+        gradients have the dtype and memory format of their input.
+
+    Raises:
+        TypeError: an input is not of one of the four dtypes, or is not a dense tensor.
+        ValueError: fewer than three dimensions, different batch or spatial sizes, no channels, no pixels,
+            different devices, an unknown ``norm`` or ``reduction``, or ``eps`` negative or not finite.
+        NotImplementedError: forward-mode differentiation. (A second derivative raises ``RuntimeError``.)
+
+    Example:
+        >>> student = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]], requires_grad=True)  # two pixels, alike
+        >>> teacher = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # orthogonal
+        >>> loss = feature_affinity_loss(student, teacher, eps=0)
+        >>> loss.item()  # S is [[0, 1], [1, 0]]
+        0.5
+
+    Source: Li, Yang, Yin, Qi, Xin, "Feature affinity assisted knowledge distillation and quantization of deep
+    neural networks on label-free data", IEEE Access (2023), the feature affinity loss; the authors' code has
+    ``norm="l1"``, ``reduction="sum"``.
+    """
+    return call(
+        torch.ops.qat.feature_affinity_loss, student, teacher, norm=norm, reduction=reduction, eps=eps
+    )
+
+
+def fast_feature_affinity_loss(
+    student: Tensor,
+    teacher: Tensor,
+    probes: Tensor,
+    *,
+    norm: str = "l1",
+    reduction: str = "mean",
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Fast feature affinity (FFA): an estimate of feature affinity by random probes.
+
+    With :math:`S` as in :func:`feature_affinity_loss` and :math:`k` random columns :math:`v` of independent
+    elements of mean 0 and variance 1,
+
+    .. math::
+        \mathrm{l1}: \frac{1}{k N^2} \sum_v \|S v\|_1, \qquad
+        \mathrm{fro}: \frac{1}{k N^2} \sum_v \|S v\|_2^2,
+
+    where :math:`Sv = A^T(Av) - B^T(Bv)` never needs :math:`S`. What they estimate:
+
+    - ``fro`` is an unbiased estimate of the exact ``fro``. Of Gaussian probes its variance is
+      :math:`2 \|S^2\|_F^2 / (k N^4)`, a relative standard deviation of at most :math:`\sqrt{2/k}`; of
+      Rademacher probes (+-1) it is :math:`2 (\|S^2\|_F^2 - \sum_i (S^2)_{ii}^2) / (k N^4)`, which is less.
+      For Gaussian probes the chance that it is off by more than a fraction :math:`\delta` is at most
+      :math:`2 \exp(-k (\delta^2 / 4 - \delta^3 / 6))`, whatever the size of :math:`S`.
+    - ``l1`` with Gaussian probes is an unbiased estimate of
+      :math:`\sqrt{2/\pi} \sum_i \|S_{i\cdot}\|_2 / N^2`, a sum of the lengths of rows (the l2,1 norm). It
+      does **not** estimate the exact ``l1``, the sum of magnitudes, which lies between that sum of lengths
+      and :math:`\sqrt N` times it (but for the diagonal).
+
+    The diagonal counts for both. The work on an image, forward and backward, is :math:`14 N C k` operations
+    in float64: ``fro`` is cheaper than the exact one where :math:`k` is below about :math:`0.7 C`
+    (:math:`0.75 C` for forward alone), and where features are narrower the exact loss is both cheaper and
+    exact; :func:`recommend_feature_affinity` compares. For ``l1`` the exact loss takes :math:`4 N^2 C`.
+
+    Args:
+        student, teacher, norm, reduction, eps: as in :func:`feature_affinity_loss`.
+        probes: random numbers of shape (pixels, k), the same for all images; one of the four dtypes, on the
+            device of the features. :class:`torchqat.nn.FastFeatureAffinityLoss` draws them.
+
+    Returns:
+        Tensor: the loss, 0-dim, as of :func:`feature_affinity_loss`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :func:`feature_affinity_loss`; ValueError also for
+            probes of another shape or device, or probes that require grad.
+
+    Example:
+        >>> student = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
+        >>> teacher = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+        >>> probes = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+        >>> fast_feature_affinity_loss(student, teacher, probes, norm="fro", eps=0).item()
+        0.5
+
+    Source: as :func:`feature_affinity_loss`, the fast feature affinity loss. The tail bound: Laurent,
+    Massart, "Adaptive estimation of a quadratic functional by model selection" (2000).
+    """
+    return call(
+        torch.ops.qat.fast_feature_affinity_loss,
+        student,
+        teacher,
+        probes,
+        norm=norm,
+        reduction=reduction,
+        eps=eps,
+    )
+
+
+def recommend_feature_affinity(
+    student_channels: int, teacher_channels: int, pixels: int, *, probes: int = 15
+) -> str:
+    """Which feature affinity loss takes fewer operations for features of these sizes, with ``norm="fro"``.
+
+    Args:
+        student_channels, teacher_channels: numbers of channels.
+        pixels: the number of pixels, the product of the spatial sizes.
+        probes: the number of probes of the fast loss.
+
+    Returns:
+        str: ``"fast"`` where :func:`fast_feature_affinity_loss` takes fewer floating-point operations, for
+        forward and backward together, than :func:`feature_affinity_loss`, else ``"exact"``.
+
+    Raises:
+        TypeError: an argument is no int.
+        ValueError: an argument is not > 0.
+
+    Example:
+        >>> recommend_feature_affinity(16, 16, 32 * 32), recommend_feature_affinity(256, 256, 14 * 14)
+        ('exact', 'fast')
+    """
+    return call(
+        torch.ops.qat.recommend_feature_affinity, student_channels, teacher_channels, pixels, probes=probes
     )

@@ -19,10 +19,11 @@ struct UnitColumn {
 
   // What f is multiplied by.
   TORCHQAT_HD T scale() const { return where(norm == T(0), T(0), T(1) / (norm + eps)); }
-  // The gradient of an element of f from that of a, where `dot` is the product of a and its gradient.
-  TORCHQAT_HD T gradient(T grad, T unit, T dot) const {
-    const T radial = where(norm == T(0), T(0), (norm + eps) / norm);
-    return (grad - unit * (dot * radial)) * scale();
+  // The gradient of an element f of the column from that of a, where `dot` is the product of the column and
+  // the gradient of a.
+  TORCHQAT_HD T gradient(T grad, T f, T dot) const {
+    const T radial = where(norm == T(0), T(0), dot / (norm * (norm + eps)));
+    return (grad - f * radial) * scale();
   }
 };
 

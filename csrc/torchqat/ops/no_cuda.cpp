@@ -8,8 +8,17 @@ namespace {
 
 // Every operator that has a kernel per device; a test compares the list with the library.
 constexpr const char* kOperators[] = {
-    "staircase_relu", "staircase_codes",         "quantize_weight",          "weight_codes",
-    "bcgd_step_",     "_staircase_relu_forward", "_staircase_relu_backward",
+    "staircase_relu",
+    "staircase_codes",
+    "quantize_weight",
+    "weight_codes",
+    "bcgd_step_",
+    "_staircase_relu_forward",
+    "_staircase_relu_backward",
+    "feature_affinity_loss",
+    "fast_feature_affinity_loss",
+    "_feature_affinity_loss",
+    "_fast_feature_affinity_loss",
 };
 
 void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack* /*stack*/) {

@@ -66,9 +66,10 @@ __global__ void __launch_bounds__(kThreads, Tiles::kBlocksAtOnce)
 }
 
 // The values of images from the partial sums of their blocks, in the order of these; a block for each.
+template <typename sum_t>
 __global__ void __launch_bounds__(kThreads)
-    affinity_sum_kernel(const double* __restrict__ partial, int64_t per_image, double* __restrict__ values) {
-  const double sum = sum_slots(partial + blockIdx.x * per_image, per_image);
+    affinity_sum_kernel(const sum_t* __restrict__ partial, int64_t per_image, sum_t* __restrict__ values) {
+  const sum_t sum = sum_slots(partial + blockIdx.x * per_image, per_image);
   if (threadIdx.x == 0) values[blockIdx.x] = sum;
 }
 
@@ -90,7 +91,8 @@ cudaError_t launch_l1_affinity(const Tiles& tiles, int64_t images, bool differen
                          ? launch(affinity_gradient_kernel<Tiles>, blocks, stream, tiles, partial)
                          : launch(affinity_value_kernel<Tiles>, blocks, stream, tiles, per_image, partial);
   if (error != cudaSuccess) return error;
-  return launch(affinity_sum_kernel, static_cast<unsigned>(images), stream, partial, per_image, values);
+  return launch(affinity_sum_kernel<double>, static_cast<unsigned>(images), stream, partial, per_image,
+                values);
 }
 
 }  // namespace torchqat::cuda

@@ -1,38 +1,15 @@
-#include <sys/mman.h>
-
-#include <array>
 #include <cmath>
-#include <functional>
 #include <random>
 #include <string>
 
 #include "feature_affinity_loss.cuh"
+#include "feature_maps.h"
 #include "kernel_test.h"
 
 // The kernels of feature_affinity_loss, in the order in which feature_affinity_loss.cu launches them, against
 // S written out in full, in double.
 namespace torchqat::cuda::testing {
 namespace {
-
-using Doubles = std::vector<double>;
-
-constexpr double kEps = 1e-5;
-constexpr double kInf = std::numeric_limits<double>::infinity();
-constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-
-template <typename T>
-constexpr bool kHalf = sizeof(T) == 2;
-// What the kernels compute with.
-template <typename T>
-using Wide = opmath_t<T>;
-// Half a unit in the last place of 1.
-template <typename T>
-double rounding() {
-  return std::is_same_v<T, double>   ? std::ldexp(1, -53)
-         : std::is_same_v<T, float>  ? std::ldexp(1, -24)
-         : std::is_same_v<T, __half> ? std::ldexp(1, -11)
-                                     : std::ldexp(1, -8);
-}
 
 // So far may an S_ij be off. Columns have at most unit length, so a sum of products that is rounded at each
 // of n steps is off by n units in the last place of 1 at the very worst; here it is a small part of that.
@@ -52,37 +29,6 @@ struct Shape {
 const std::vector<Shape> kShapes = {{1, 1, 1, 1},   {3, 3, 5, 1},     {2, 16, 16, 63},  {2, 17, 3, 64},
                                     {1, 3, 17, 65}, {2, 64, 64, 64},  {1, 80, 64, 65},  {1, 16, 80, 130},
                                     {2, 5, 7, 200}, {1, 130, 40, 70}, {1, 33, 130, 66}, {3, 32, 1, 9}};
-
-// --------------------------------------------------------------------------------------------- the reference
-
-// (images, channels, pixels), row after row.
-struct Map {
-  int64_t images, channels, pixels;
-  Doubles at;
-
-  Map(int64_t b, int64_t c, int64_t n) : images(b), channels(c), pixels(n), at(b * c * n, 0.0) {}
-  double& operator()(int64_t b, int64_t c, int64_t n) { return at[(b * channels + c) * pixels + n]; }
-  double operator()(int64_t b, int64_t c, int64_t n) const { return at[(b * channels + c) * pixels + n]; }
-};
-
-double norm_of(const Map& f, int64_t b, int64_t n) {
-  double largest = 0, sum = 0;
-  for (int64_t c = 0; c < f.channels; ++c) largest = std::max(largest, std::abs(f(b, c, n)));
-  if (largest == 0) return 0;
-  for (int64_t c = 0; c < f.channels; ++c) sum += std::pow(f(b, c, n) / largest, 2);
-  return largest * std::sqrt(sum);
-}
-
-Map unit_of(const Map& f) {
-  Map unit(f.images, f.channels, f.pixels);
-  for (int64_t b = 0; b < f.images; ++b) {
-    for (int64_t n = 0; n < f.pixels; ++n) {
-      const double norm = norm_of(f, b, n);
-      for (int64_t c = 0; c < f.channels; ++c) unit(b, c, n) = norm == 0 ? 0 : f(b, c, n) / (norm + kEps);
-    }
-  }
-  return unit;
-}
 
 // The loss of each image, its gradient in the student's unit columns; and per element of the gradient the sum
 // of the magnitudes of its terms, and of those terms whose S_ij may have either sign.
@@ -117,107 +63,6 @@ Expected expect_l1(const Map& student, const Map& teacher, double entry_error) {
   return result;
 }
 
-// The gradient in the features from that in their unit columns: a = f / (n + eps), dn/df = f / n.
-Map expect_features_gradient(const Map& f, const Map& grad) {
-  Map result(f.images, f.channels, f.pixels);
-  for (int64_t b = 0; b < f.images; ++b) {
-    for (int64_t n = 0; n < f.pixels; ++n) {
-      const double norm = norm_of(f, b, n);
-      if (norm == 0) continue;
-      double along = 0;
-      for (int64_t c = 0; c < f.channels; ++c) along += f(b, c, n) / norm * grad(b, c, n);
-      for (int64_t c = 0; c < f.channels; ++c) {
-        result(b, c, n) =
-            grad(b, c, n) / (norm + kEps) - f(b, c, n) / (norm + kEps) * (along / (norm + kEps));
-      }
-    }
-  }
-  return result;
-}
-
-// ---------------------------------------------------------------------------------------------------- memory
-
-// Strides of image, channel and pixel.
-using Strides = std::array<int64_t, 3>;
-struct Layout {
-  const char* name;
-  std::function<Strides(const Map&)> strides;
-};
-const std::vector<Layout> kLayouts = {{"contiguous",
-                                       [](const Map& m) {
-                                         return Strides{m.channels * m.pixels, m.pixels, 1};
-                                       }},
-                                      {"channels last",
-                                       [](const Map& m) {
-                                         return Strides{m.channels * m.pixels, 1, m.channels};
-                                       }},
-                                      {"sliced",
-                                       [](const Map& m) {
-                                         return Strides{m.channels * (2 * m.pixels + 3), 2 * m.pixels + 3, 2};
-                                       }},
-                                      {"transposed", [](const Map& m) {
-                                         return Strides{1, m.images * m.pixels, m.images};
-                                       }}};
-
-int64_t extent(const Map& map, const Strides& s) {
-  return (map.images - 1) * s[0] + (map.channels - 1) * s[1] + (map.pixels - 1) * s[2] + 1;
-}
-template <typename T>
-Features<T> features_at(T* data, const Map& map, const Strides& s) {
-  return {data, map.channels, map.pixels, s[0], s[1], s[2]};
-}
-
-// What lies between the features is NaN: nobody may read it.
-template <typename T>
-std::vector<T> laid_out(const Map& map, const Strides& s) {
-  std::vector<T> memory(extent(map, s), static_cast<T>(kNan));
-  for (int64_t b = 0; b < map.images; ++b) {
-    for (int64_t c = 0; c < map.channels; ++c) {
-      for (int64_t n = 0; n < map.pixels; ++n)
-        memory[b * s[0] + c * s[1] + n * s[2]] = static_cast<T>(static_cast<Wide<T>>(map(b, c, n)));
-    }
-  }
-  return memory;
-}
-
-// The elements of a map; what lies between them must still be what it was.
-template <typename T>
-Map read_map(const std::vector<T>& memory, Map map, const Strides& s, T between) {
-  std::vector<T> rest = memory;
-  for (int64_t b = 0; b < map.images; ++b) {
-    for (int64_t c = 0; c < map.channels; ++c) {
-      for (int64_t n = 0; n < map.pixels; ++n) {
-        T& element = rest[b * s[0] + c * s[1] + n * s[2]];
-        map(b, c, n) = static_cast<Wide<T>>(element);
-        element = between;
-      }
-    }
-  }
-  for (const T& element : rest) EXPECT_TRUE(same_bits(element, between)) << "written between the elements";
-  return map;
-}
-
-// Features as after a ReLU, to the precision of T: about a third of them 0, norms from 1e-3 to 1e3.
-template <typename T>
-Map random_features(int64_t images, int64_t channels, int64_t pixels, unsigned seed) {
-  std::mt19937 random(seed);
-  const auto uniform = [&] { return static_cast<double>(random() % 65536) / 65536; };
-  Map map(images, channels, pixels);
-  for (int64_t b = 0; b < images; ++b) {
-    for (int64_t n = 0; n < pixels; ++n) {
-      const double size = std::pow(10, 6 * uniform() - 3);
-      for (int64_t c = 0; c < channels; ++c) {
-        const double f = std::max(0.0, 1.5 * uniform() - 0.5);
-        map(b, c, n) = static_cast<Wide<T>>(static_cast<T>(static_cast<Wide<T>>(size * f)));
-      }
-    }
-  }
-  return map;
-}
-
-// ------------------------------------------------------------------------------------------------ the
-// kernels
-
 // The bits of a map, so that worlds can be compared.
 using Outcome = std::tuple<Doubles, Doubles, Doubles>;
 
@@ -226,8 +71,6 @@ struct Result {
   Doubles values;
   Map grad_unit, grad_features;
 };
-
-constexpr double kFactor = 0.5;  // of the gradient in the features
 
 // By fused multiply-adds, on unit columns in T.
 template <typename T, typename scalar_t>
@@ -311,6 +154,13 @@ Outcome run_tensor(const Map& s, const Map& t, const Layout& layout, bool differ
   return {values.contents(), in_columns.at, read_map(out.contents(), s, strides, between).at};
 }
 
+Result result_of(const Outcome& outcome, const Map& like) {
+  Result result{std::get<0>(outcome), like, like};
+  result.grad_unit.at = std::get<1>(outcome);
+  result.grad_features.at = std::get<2>(outcome);
+  return result;
+}
+
 template <typename T>
 Result run(const Map& s, const Map& t, const Layout& layout, bool differentiate = true) {
   const auto outcome = in_every_world([&] {
@@ -320,10 +170,7 @@ Result run(const Map& s, const Map& t, const Layout& layout, bool differentiate 
       return run_fma<T, T>(s, t, layout, differentiate);
     }
   });
-  Result result{std::get<0>(outcome), s, s};
-  result.grad_unit.at = std::get<1>(outcome);
-  result.grad_features.at = std::get<2>(outcome);
-  return result;
+  return result_of(outcome, s);
 }
 
 // The kernels leave the 2 of the derivative out.
@@ -345,29 +192,6 @@ void expect_l1(const Result& result, const Map& s, const Map& t, bool differenti
   }
 }
 
-// The gradient in the features, from the one in unit columns that the kernels had.
-template <typename W, typename T>
-void expect_backward(const Result& result, const Map& s) {
-  const Map expected = expect_features_gradient(s, result.grad_unit);
-  for (int64_t b = 0; b < s.images; ++b) {
-    for (int64_t n = 0; n < s.pixels; ++n) {
-      double largest = 0;  // of the terms; W's rounding of the norm and of the terms, T's of the result
-      for (int64_t c = 0; c < s.channels; ++c) {
-        const double norm = norm_of(s, b, n);
-        if (norm != 0) largest = std::max(largest, std::abs(result.grad_unit(b, c, n)) / (norm + kEps));
-      }
-      for (int64_t c = 0; c < s.channels; ++c) {
-        const double value = kFactor * expected(b, c, n);
-        const double smallest = kHalf<T> ? std::ldexp(1, -25) : 0;  // half of float16's subnormal step
-        ASSERT_NEAR(
-            result.grad_features(b, c, n), value,
-            rounding<T>() * std::abs(value) + 8 * rounding<W>() * std::sqrt(s.channels) * largest + smallest)
-            << b << ", " << c << ", " << n;
-      }
-    }
-  }
-}
-
 template <typename T>
 class FeatureAffinityKernels : public ::testing::Test {};
 TYPED_TEST_SUITE(FeatureAffinityKernels, StorageTypes);
@@ -383,7 +207,7 @@ TYPED_TEST(FeatureAffinityKernels, ValueAndGradientOfEveryShapeAndLayout) {
     for (const bool differentiate : {true, false}) {
       const Result result = run<T>(s, t, layout, differentiate);
       expect_l1<Wide<T>, T>(result, s, t, differentiate);
-      if (differentiate) expect_backward<Wide<T>, T>(result, s);
+      if (differentiate) expect_backward<Wide<T>, T>(s, result.grad_unit, result.grad_features);
     }
   }
 }
@@ -397,6 +221,185 @@ TYPED_TEST(FeatureAffinityKernels, LayoutsGiveTheSameBits) {
     EXPECT_TRUE(same_bits(result.values, first.values)) << layout.name;
     EXPECT_TRUE(same_bits(result.grad_features.at, first.grad_features.at)) << layout.name;
   }
+}
+
+// Half precision beside float32: columns in float.
+TEST(FeatureAffinityMixed, HalfPrecisionFeaturesInFloatColumns) {
+  const Map s = random_features<__half>(2, 21, 70, 1), t = random_features<__half>(2, 16, 70, 2);
+  for (const bool differentiate : {true, false}) {
+    const auto outcome =
+        in_every_world([&] { return run_fma<float, __half>(s, t, kLayouts[1], differentiate); });
+    const Result result = result_of(outcome, s);
+    expect_l1<float, float>(result, s, t, differentiate);
+    if (differentiate) expect_backward<float, __half>(s, result.grad_unit, result.grad_features);
+  }
+}
+
+TYPED_TEST(FeatureAffinityKernels, NothingIsLeftWhereStudentAndTeacherAreEqual) {
+  using T = TypeParam;
+  for (const int64_t channels : {5, 40, 100}) {
+    const Map f = random_features<T>(2, channels, 70, 3);
+    for (const bool differentiate : {true, false}) {
+      const Result result = run<T>(f, f, kLayouts[0], differentiate);
+      EXPECT_EQ(result.values, Doubles(2, 0));
+      EXPECT_EQ(result.grad_unit.at, Doubles(differentiate ? f.at.size() : 0, 0));
+    }
+  }
+}
+
+TYPED_TEST(FeatureAffinityKernels, ColumnsOfZerosHaveNoGradientAndHarmNoOthers) {
+  using T = TypeParam;
+  Map s = random_features<T>(2, 20, 66, 4), t = random_features<T>(2, 7, 66, 5);
+  for (int64_t c = 0; c < 20; ++c) s(0, c, 0) = s(0, c, 65) = s(1, c, 9) = 0;
+  for (int64_t c = 0; c < 7; ++c) t(0, c, 0) = t(1, c, 30) = 0;
+  const Result result = run<T>(s, t, kLayouts[0]);
+  expect_l1<Wide<T>, T>(result, s, t, true);
+  expect_backward<Wide<T>, T>(s, result.grad_unit, result.grad_features);
+  for (int64_t c = 0; c < 20; ++c) {
+    EXPECT_NE(result.grad_unit(0, c, 65), 0) << "the test asks nothing";
+    EXPECT_EQ(result.grad_features(0, c, 0), 0);
+    EXPECT_EQ(result.grad_features(0, c, 65), 0);
+    EXPECT_EQ(result.grad_features(1, c, 9), 0);
+  }
+}
+
+// A NaN or infinite feature governs every S_ij of its pixel, and so its image; no other image.
+TYPED_TEST(FeatureAffinityKernels, WhatIsNotFiniteShowsInItsImage) {
+  using T = TypeParam;
+  const Map students = random_features<T>(3, 18, 67, 6), teachers = random_features<T>(3, 4, 67, 7);
+  const Result finite = run<T>(students, teachers, kLayouts[0]);
+  for (const double bad : {kNan, -kInf}) {
+    for (const bool of_student : {true, false}) {
+      Map s = students, t = teachers;
+      (of_student ? s : t)(1, 2, 66) = bad;
+      const Result value_alone = run<T>(s, t, kLayouts[0], false);
+      const Result result = run<T>(s, t, kLayouts[0]);
+      for (int64_t b = 0; b < 3; ++b) {
+        EXPECT_EQ(std::isnan(result.values[b]), b == 1);
+        EXPECT_EQ(std::isnan(value_alone.values[b]), b == 1);
+        for (int64_t n = 0; n < 67; ++n) {
+          for (int64_t c = 0; c < 18; ++c) {
+            if (b == 1) {
+              EXPECT_TRUE(std::isnan(result.grad_features(b, c, n))) << bad << ", " << c << ", " << n;
+            } else {
+              EXPECT_EQ(result.grad_features(b, c, n), finite.grad_features(b, c, n));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// The teacher at a relative distance, also rotated into more channels: float32 keeps the value's digits.
+TEST(FeatureAffinityNear, NoDigitsAreLostCloseToTheTeacher) {
+  std::mt19937 random(8);
+  std::normal_distribution<double> normal;
+  const int64_t channels = 48, pixels = 70;
+  Map s(1, channels, pixels);
+  for (double& f : s.at) f = static_cast<float>(std::max(0.0, normal(random)));
+  for (const bool rotated : {false, true}) {
+    for (const double distance : {1e-1, 1e-2, 1e-3, 1e-4}) {
+      Map near = s;
+      for (double& f : near.at) f += distance * normal(random);
+      Map t(1, rotated ? 64 : channels, pixels);
+      for (int64_t n = 0; n < pixels; ++n) {
+        // An orthonormal map: a reflection of the column, continued by zeros, along a fixed vector.
+        double along = 0;
+        for (int64_t c = 0; c < channels; ++c) along += near(0, c, n) * std::cos(c) / std::sqrt(32);
+        double squares = 0;
+        for (int64_t c = 0; c < t.channels; ++c) squares += std::cos(c) * std::cos(c) / 32;
+        for (int64_t c = 0; c < t.channels; ++c) {
+          const double f = c < channels ? near(0, c, n) : 0;
+          t(0, c, n) =
+              static_cast<float>(rotated ? f - 2 * along / squares * std::cos(c) / std::sqrt(32) : f);
+        }
+      }
+      SCOPED_TRACE(std::to_string(distance) + (rotated ? ", rotated" : ""));
+      const Result result = run<float>(s, t, kLayouts[0]);
+      const Expected expected = expect_l1(s, t, kEntryError<float>);
+      EXPECT_NEAR(result.values[0], expected.values[0], 1e-4 * expected.values[0]);
+      for (size_t i = 0; i < s.at.size(); ++i) {
+        ASSERT_NEAR(2 * result.grad_unit.at[i], expected.gradient.at[i],
+                    expected.terms.at[i] * (pixels + 4) * rounding<float>() + expected.unsure.at[i]);
+      }
+    }
+  }
+}
+
+// However many blocks share the tiles of an image.
+TEST(FeatureAffinityValue, EveryTileIsTakenOnce) {
+  for (const int64_t pixels : {1, 64, 65, 129, 200, 257}) {
+    const Map s = random_features<double>(2, 3, pixels, 9), t = random_features<double>(2, 2, pixels, 10);
+    const Expected expected = expect_l1(s, t, 0);
+    const auto rows = [&](const Map& m) {
+      const Map unit = unit_of(m);
+      const int64_t row = round_up(pixels, kRowMultiple);
+      std::vector<double> all(m.images * m.channels * row, 0);
+      for (int64_t i = 0; i < static_cast<int64_t>(unit.at.size()); ++i)
+        all[i / pixels * row + i % pixels] = unit.at[i];
+      return all;
+    };
+    for (const int64_t blocks : {1, 2, 5, 40}) {
+      const auto values = in_every_world([&] {
+        Buffer<double> a(rows(s)), b(rows(t)), partial(2 * blocks), values(2);
+        const int64_t row = round_up(pixels, kRowMultiple);
+        const FmaTiles<double> tiles{{a.data(), 3, row, 3 * row}, {b.data(), 2, row, 2 * row}, {}, pixels};
+        expect_success(launch(affinity_value_kernel<FmaTiles<double>>, static_cast<unsigned>(2 * blocks),
+                              nullptr, tiles, blocks, partial.data()));
+        expect_success(
+            launch(affinity_sum_kernel<double>, 2, nullptr, partial.data(), blocks, values.data()));
+        return values.contents();
+      });
+      for (int64_t b = 0; b < 2; ++b)
+        EXPECT_NEAR(values[b], expected.values[b], 1e-13 * expected.values[b]) << pixels << ", " << blocks;
+    }
+  }
+}
+
+TEST(FeatureAffinityValue, PartialSumsAreFew) {
+  EXPECT_EQ(affinity_partials(1, 64, false), 1);
+  EXPECT_EQ(affinity_partials(8, 3136, true), 49);
+  for (const int64_t images : {1, 7, 100, 5000}) {
+    const int64_t all = images * affinity_partials(images, 1 << 20, false);
+    EXPECT_LE(all, std::max(kMaxBlocks, images));
+    EXPECT_GT(all, std::max(kMaxBlocks - images, images - 1));
+  }
+}
+
+// The largest and the smallest features that are not 0: no square of one overflows or vanishes.
+TYPED_TEST(FeatureAffinityKernels, TheSizeOfFeaturesDoesNotMatter) {
+  using T = TypeParam;
+  const auto sizes =
+      std::is_same_v<T, __half> ? Doubles{1e-7, 1e-5, 1e2, 5e3} : Doubles{1e-37, 1e-30, 1e30, 1e37};
+  Map s(1, 20, 8), t = random_features<T>(1, 5, 8, 13);
+  for (int64_t n = 0; n < 8; ++n) {
+    for (int64_t c = 0; c < 20; ++c)
+      s(0, c, n) = static_cast<Wide<T>>(
+          static_cast<T>(static_cast<Wide<T>>(sizes[n % sizes.size()] * (1 + (c * 7 + n) % 11))));
+  }
+  const Result result = run<T>(s, t, kLayouts[0]);
+  expect_l1<Wide<T>, T>(result, s, t, true);
+}
+
+// Images whose matrices are more than 2^31 elements apart.
+TEST(FeatureAffinityBig, OffsetsOfImagesHave64Bits) {
+  constexpr int64_t kFar = (int64_t{1} << 31) + 64;
+  const Map s = random_features<float>(2, 3, 4, 18), t = random_features<float>(2, 2, 4, 19);
+  FarBuffer<float> a(kFar + 64), b(kFar + 64), grad(kFar + 64);
+  const auto fill = [](FarBuffer<float>& to, const Map& m) {
+    const Map unit = unit_of(m);
+    for (int64_t i = 0; i < static_cast<int64_t>(unit.at.size()); ++i)
+      to.data()[i / (m.channels * 4) * kFar + i % (m.channels * 4)] = static_cast<float>(unit.at[i]);
+  };
+  fill(a, s);
+  fill(b, t);
+  Buffer<double> partial(2), values(2);
+  const FmaTiles<float> tiles{{a.data(), 3, 4, kFar}, {b.data(), 2, 4, kFar}, {grad.data(), 3, 4, kFar}, 4};
+  expect_success(launch_l1_affinity(tiles, 2, true, partial.data(), values.data(), nullptr));
+  Result result{values.contents(), s, s};
+  for (int64_t i = 0; i < 24; ++i) result.grad_unit.at[i] = grad.data()[i / 12 * kFar + i % 12];
+  expect_l1<float, float>(result, s, t, true);
 }
 
 }  // namespace

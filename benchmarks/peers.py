@@ -48,3 +48,30 @@ def exact_by_sweeping(weight, bits):
     best = (products.square() / squares).argmax()
     scale = (products[best] / squares[best]).to(weight.dtype)
     return torch.ceil(weight.abs() / scale - 0.5).clamp(0, len(steps)) * weight.sign() * scale, scale
+
+
+def unit_columns(features):
+    columns = features.flatten(2)
+    return columns / (columns.norm(dim=1, keepdim=True) + 1e-5)
+
+
+def affinity_by_pixels(student, teacher, norm):
+    """Feature affinity as its formula says, by matrices of pixels by pixels."""
+    a, b = unit_columns(student), unit_columns(teacher)
+    s = a.mT @ a - b.mT @ b
+    if norm == "l1":
+        s = s * (1 - torch.eye(s.shape[-1], device=s.device))
+    return (s.abs() if norm == "l1" else s.square()).sum((1, 2)).mean() / s.shape[-1] ** 2
+
+
+def affinity_by_channels(student, teacher):
+    """Its squared Frobenius norm by Gram matrices of the channels: float32 loses a small difference."""
+    a, b = unit_columns(student), unit_columns(teacher)
+    squares = [(u @ v.mT).square().sum((1, 2)) for u, v in ((a, a), (b, b), (a, b))]
+    return (squares[0] + squares[1] - 2 * squares[2]).mean() / a.shape[-1] ** 2
+
+
+def similarity(student, teacher):
+    """Similarity-preserving distillation (Tung, Mori 2019): which images of the batch are alike."""
+    grams = [torch.nn.functional.normalize(f.flatten(1) @ f.flatten(1).mT) for f in (student, teacher)]
+    return (grams[0] - grams[1]).square().sum() / len(student) ** 2

@@ -1,5 +1,5 @@
-"""The feature affinity losses and their recommendation: against matrices of pixels by pixels in float64, close
-to the teacher, in every layout, in memory, and on bad input."""
+"""The feature affinity losses and their recommendation: against matrices of pixels by pixels in float64, near
+the teacher, in every layout, in memory, and on bad input."""
 
 import subprocess
 import sys

@@ -69,6 +69,19 @@ def step(bits, method="exact"):
     return Case([*sum(lists, []), *tail, lr], run)
 
 
+def affinity(dtype, loss, *probes, spatial=(9, 13), **options):
+    """The loss and the gradient; only the loss of l1 below float64, whose gradient has signs of rounding."""
+    student, teacher = (torch.randn(3, channels, *spatial, dtype=dtype) for channels in (20, 17))
+
+    def run(inputs):
+        student = inputs[0].requires_grad_()
+        value = loss(student, *inputs[1:], **options)
+        gradient = torch.autograd.grad(value, student)
+        return [value.detach(), *(gradient if options["norm"] == "fro" or dtype == torch.float64 else ())]
+
+    return Case([student, teacher, *probes], run)
+
+
 CASES = {
     **{f"staircase_relu-{ste}": lambda ste=ste: staircase(torch.float32, ste) for ste in F.ste_names()},
     **{
@@ -83,6 +96,22 @@ CASES = {
     "quantize_weight-twn": lambda: weights(2, "twn"),
     **{f"bcgd_step_-{bits}": lambda bits=bits: step(bits) for bits in (1, 2, 4)},
     "bcgd_step_-lloyd": lambda: step(3, "lloyd"),
+    **{
+        f"feature_affinity_loss-{norm}-{dtype}": lambda norm=norm, dtype=dtype: affinity(
+            dtype, F.feature_affinity_loss, norm=norm
+        )
+        for norm in ("l1", "fro")
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    },
+    "feature_affinity_loss-direct": lambda: affinity(
+        torch.float32, F.feature_affinity_loss, norm="fro", spatial=(3, 3)
+    ),
+    **{
+        f"fast_feature_affinity_loss-{norm}": lambda norm=norm: affinity(
+            torch.float64, F.fast_feature_affinity_loss, torch.randn(9 * 13, 5), norm=norm
+        )
+        for norm in ("l1", "fro")
+    },
     "bcgd_step_-twn": lambda: step(2, "twn"),
 }
 

@@ -14,7 +14,7 @@ namespace torchqat {
 namespace {
 
 // A tile of S has so many rows and columns at most: it stays in the second cache.
-constexpr int64_t kTile = 384;
+constexpr int64_t kTile = 256;
 // Images are taken together until their unit columns have so many elements, to make calls worth their while.
 constexpr int64_t kGrain = 1 << 16;
 

@@ -666,7 +666,7 @@ def test_a_distiller_that_cannot_be_made_says_why(wrong, error, message):
 
 def test_teachers_of_other_classes_are_refused_by_shape():
     teacher = Net().eval()
-    teacher.head = nn.Linear(4, 7)
+    teacher.head = nn.Linear(4, 7).eval()
     with pytest.raises(ValueError, match=r"logits of one shape, got \[6, 5\] and \[6, 7\]"):
         distiller(teacher=teacher)(images())
 

@@ -22,6 +22,7 @@ import ending  # noqa: F401, first: for a Ctrl-C while the others are imported
 
 # isort: split
 import argparse
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,8 +161,8 @@ def draw(path: Path, summary: dict[str, dict], results: dict[str, list[dict]]) -
         left.plot(row["mean"], place, "|", color=plots.FLOAT, markersize=16, markeredgewidth=2)
         if row["published"]:
             left.plot(row["published"], place, "D", color=plots.QUANTIZED, markersize=6)
-        # One of 10,000 images is the least: the axis has no 0.
-        errors = [max(100 - mean, 0.01) for mean in table.curve(results[name])]
+        means = map(statistics.fmean, table.curves(results[name], stage=name))
+        errors = [max(100 - mean, 0.01) for mean in means]  # one of 10,000 images: the axis has no 0
         right.plot(errors, ".--" if name == "float" else ".-", label=row["title"])
     left.plot([], [], "o", color=plots.FLOAT, alpha=0.4, label="ours, each seed (bar: mean)")
     left.plot([], [], "D", color=plots.QUANTIZED, label="published")

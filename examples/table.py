@@ -74,23 +74,23 @@ def finished(args: argparse.Namespace, names: list[str], settings_of: Settings) 
     return found
 
 
+def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
 def summary_of(runs: list[dict]) -> dict:
     """The numbers of one row: accuracies after the last epoch, one of each seed, their mean and spread."""
     accuracy = [run["accuracy"] for run in runs]
-    return {
-        "mean": statistics.fmean(accuracy),
-        "spread": statistics.stdev(accuracy) if len(runs) > 1 else None,
-        "accuracy": accuracy,
-        "seeds": [run["seed"] for run in runs],
-        "epochs": runs[0]["epochs"],
-        "seconds": statistics.fmean(run["seconds"] for run in runs),
-    }
+    mean, spread = mean_and_spread(accuracy)
+    seconds = statistics.fmean(run["seconds"] for run in runs)
+    numbers = {"mean": mean, "spread": spread, "accuracy": accuracy, "seeds": [run["seed"] for run in runs]}
+    return {**numbers, "epochs": runs[0]["epochs"], "seconds": seconds}
 
 
-def curve(runs: list[dict]) -> list[float]:
-    """The accuracy by epoch, from before the first, mean of the seeds."""
-    histories = [[entry["accuracy"] for entry in run["history"]] for run in runs]
-    return [statistics.fmean(epoch) for epoch in zip(*histories, strict=True)]
+def curves(runs: list[dict], stage: str) -> list[list[float]]:
+    """The accuracies of a stage by epoch, from before the first; of each epoch those of all seeds."""
+    histories = [[entry["accuracy"] for entry in run["history"] if entry["stage"] == stage] for run in runs]
+    return [list(epoch) for epoch in zip(*histories, strict=True)]
 
 
 def shown(mean: float, spread: float | None) -> str:

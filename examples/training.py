@@ -108,6 +108,10 @@ class Training:
     def loss(self, model: torch.nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         return F.cross_entropy(model(images), labels)
 
+    def terms_of_loss(self) -> str:
+        """What to show of the losses of an epoch beside their mean."""
+        return ""
+
     def classifier(self, model: torch.nn.Module) -> torch.nn.Module:
         """What is tested of a model in training."""
         return model
@@ -122,7 +126,7 @@ class Training:
         states = [thing.state_dict() for thing in (model, optimizer, schedule)]
         place = {"stage": stage, "epoch": epoch, "progress": self.progress, "states": states}
         checkpoint.save(self.checkpoint, self.settings, self.seed, **place)
-        shown = "" if loss is None else f"loss {loss:.4f}  "
+        shown = "" if loss is None else f"loss {loss:.4f}{self.terms_of_loss()}  "
         print(
             f"seed {self.seed}  {stage:9} epoch {epoch:3}/{epochs}  {shown}test accuracy {accuracy:.2f} %",
             flush=True,

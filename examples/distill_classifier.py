@@ -178,48 +178,46 @@ class Network(table.Network):
 def report(results: dict[str, list[dict]], args: argparse.Namespace) -> None:
     """Prints the table, writes it with all numbers, and draws it."""
     first = [epoch for epoch in FIRST_EPOCHS if epoch < args.epochs]
-    summary = {}
-    print(
-        f"\n{args.dataset}: {args.teacher_model} teaches {args.model} with weights of {args.weight_bits} and"
-    )
-    print(
-        f"activations of {args.act_bits} bits; test accuracy in %, mean +- standard deviation of the seeds\n"
-    )
+    rows = {name: row_of(name, runs, first) for name, runs in results.items()}
+    bits = f"{args.weight_bits}-bit weights and {args.act_bits}-bit activations"
+    print(f"\n{args.dataset}: {args.teacher_model}, float, teaches {args.model} of {bits};")
+    print("test accuracy in %, mean +- standard deviation of the seeds\n")
     columns = ["", *(f"epoch {epoch}" for epoch in first), "last epoch", "against labels", "seeds", "seconds"]
     print(f"| {' | '.join(columns)} |")
     print("|" + len(columns) * "---|")
-    for name, runs in results.items():
-        numbers = table.summary_of(runs)
-        title = ARMS[name].title if name in ARMS else "teacher, float"
-        early = {}
-        if name in ARMS:
-            quantized = table.curves(runs, stage=name)
-            early = {epoch: table.mean_and_spread(quantized[epoch]) for epoch in first}
-        gap = numbers["mean"] - summary["labels"]["mean"] if name in ARMS and "labels" in summary else None
-        summary[name] = {"title": title, **numbers, "first_epochs": early, "against_labels": gap}
-        cells = [title, *(table.shown(*early[epoch]) if early else "" for epoch in first)]
-        cells += [table.shown(numbers["mean"], numbers["spread"])]
-        cells += [
-            "" if gap is None or name == "labels" else f"{gap:+.2f}",
-            len(runs),
-            round(numbers["seconds"]),
-        ]
+    for name, row in rows.items():
+        accuracies = *row["first_epochs"].values(), row
+        shown = [table.shown(numbers["mean"], numbers["spread"]) for numbers in accuracies]
+        gap = ""
+        if name in ARMS and name != "labels" and "labels" in rows:
+            row["against_labels"] = row["mean"] - rows["labels"]["mean"]
+            gap = f"{row['against_labels']:+.2f}"
+        missing = [""] * (len(first) + 1 - len(shown))
+        cells = row["title"], *missing, *shown, gap, len(row["seeds"]), round(row["seconds"])
         print(f"| {' | '.join(map(str, cells))} |")
-    checkpoint.write_json(args.out / "metrics.json", {**conditions(args, args.settings), "rows": summary})
+    checkpoint.write_json(args.out / "metrics.json", {**conditions(args, args.settings), "rows": rows})
     plot = args.out / "distill.png"
     plot.unlink(missing_ok=True)  # an old one would not show these numbers
     if not args.no_plots:
         with plt.rc_context(plots.STYLE):
-            draw(plot, summary, results)
+            draw(plot, rows, results)
     print(f"\nall numbers{'' if args.no_plots else ' and the plot'} are in {args.out}")
 
 
-def draw(path: Path, summary: dict[str, dict], results: dict[str, list[dict]]) -> None:
+def row_of(name: str, runs: list[dict], first: list[int]) -> dict:
+    if name == "float":
+        return {"title": "teacher, float", **table.summary_of(runs), "first_epochs": {}}
+    epochs = table.curves(runs, stage=name)
+    early = {epoch: table.mean_and_spread(epochs[epoch]) for epoch in first}
+    return {"title": ARMS[name].title, **table.summary_of(runs), "first_epochs": early}
+
+
+def draw(path: Path, rows: dict[str, dict], results: dict[str, list[dict]]) -> None:
     """Test error by epoch of each arm, mean and range of the seeds, and the last accuracy of each seed."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4), width_ratios=(3, 2))
-    arms = [name for name in summary if name in ARMS]
+    arms = [name for name in rows if name in ARMS]
     for place, name in enumerate(arms):
-        row, color = summary[name], f"C{list(ARMS).index(name)}"
+        row, color = rows[name], f"C{list(ARMS).index(name)}"
         epochs = table.curves(results[name], stage=name)[1:]
         errors = [[max(100 - accuracy, 0.01) for accuracy in epoch] for epoch in epochs]  # no 0 on the axis
         at = range(1, len(errors) + 1)
@@ -228,11 +226,11 @@ def draw(path: Path, summary: dict[str, dict], results: dict[str, list[dict]]) -
         left.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
         right.plot(row["accuracy"], [place] * len(row["accuracy"]), "o", color=color, alpha=0.5)
         right.plot(row["mean"], place, "|", color=color, markersize=16, markeredgewidth=2)
-    if "float" in summary:
-        teacher, style = summary["float"]["mean"], {"color": plots.MARK, "linewidth": 0.7, "linestyle": ":"}
+    if "float" in rows:
+        teacher, style = rows["float"]["mean"], {"color": plots.MARK, "linewidth": 0.7, "linestyle": ":"}
         left.axhline(max(100 - teacher, 0.01), label="teacher, float", **style)
         right.axvline(teacher, **style)
-    right.set_yticks(range(len(arms)), [summary[name]["title"] for name in arms])
+    right.set_yticks(range(len(arms)), [rows[name]["title"] for name in arms])
     right.invert_yaxis()
     left.set(xlabel="epoch", yscale="log", title="Test error by epoch (%), mean and range of the seeds")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))

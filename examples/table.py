@@ -74,17 +74,19 @@ def finished(args: argparse.Namespace, names: list[str], settings_of: Settings) 
     return found
 
 
-def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+def mean_and_spread(values: list[float]) -> dict[str, float | None]:
+    return {"mean": statistics.fmean(values), "spread": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def summary_of(runs: list[dict]) -> dict:
     """The numbers of one row: accuracies after the last epoch, one of each seed, their mean and spread."""
     accuracy = [run["accuracy"] for run in runs]
-    mean, spread = mean_and_spread(accuracy)
-    seconds = statistics.fmean(run["seconds"] for run in runs)
-    numbers = {"mean": mean, "spread": spread, "accuracy": accuracy, "seeds": [run["seed"] for run in runs]}
-    return {**numbers, "epochs": runs[0]["epochs"], "seconds": seconds}
+    numbers = {"accuracy": accuracy, "seeds": [run["seed"] for run in runs], "epochs": runs[0]["epochs"]}
+    return {
+        **mean_and_spread(accuracy),
+        **numbers,
+        "seconds": statistics.fmean(run["seconds"] for run in runs),
+    }
 
 
 def curves(runs: list[dict], stage: str) -> list[list[float]]:

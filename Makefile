@@ -1,16 +1,20 @@
 # Everything happens in .venv and build/ of this checkout; each target can be run again and does what is left to do.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench format build clean
+.PHONY: help demo distill-demo test bench format build clean
 
 PYTHON_IN_VENV := .venv/bin/python
 DEMO := examples/train_classifier.py --dataset digits --weight-bits 1 --act-bits 2 --out runs/demo --overwrite
+DISTILL_DEMO := examples/distill_classifier.py --dataset digits --labelled 100 --seeds 0 1 2 --threads 1 --out runs/distill-demo --overwrite
 
 help:  ## say what there is to make
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 demo: build  ## set up, build, train a network with 1-bit weights and 2-bit activations
 	$(PYTHON_IN_VENV) $(DEMO)
+
+distill-demo: build  ## set up, build, teach such a network by a float one, with few labels and with none
+	$(PYTHON_IN_VENV) $(DISTILL_DEMO)
 
 test:  ## set up, build, run all tests: Python, C++, emulated kernels
 	@scripts/build.sh --tests

@@ -6,7 +6,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,11 +30,12 @@ class Data:
     """Training and test images (N, C, H, W), uint8, and their labels."""
 
     images: Tensor
-    labels: Tensor
+    labels: Tensor | None  # None: there are none, and batches have None in their place
     test_images: Tensor
     test_labels: Tensor
     shift: int = 0  # training images are moved by up to so many pixels,
     mirror: bool = False  # and half of them mirrored
+    epoch_size: int | None = None  # images in an epoch, where they are not those there are
 
     def __post_init__(self):
         pixels = self.images.transpose(0, 1).flatten(1).double()
@@ -46,16 +47,27 @@ class Data:
         parts = (self.images, self.labels, self.test_images, self.test_labels)
         return Data(*(part[:n] for part in parts), self.shift, self.mirror)
 
+    def labelled(self, n: int | None) -> "Data":
+        """The first n training images, normalized as all of them, in epochs of as many images."""
+        part = replace(self, images=self.images[:n], labels=self.labels[:n], epoch_size=len(self.images))
+        part.mean, part.std = self.mean, self.std
+        return part
+
+    def unlabelled(self) -> "Data":
+        """The same images; their labels are nowhere in it."""
+        return replace(self, labels=None)
+
     def normalized(self, images: Tensor, device: torch.device) -> Tensor:
         return ((images.float() - self.mean) / self.std).to(device)
 
-    def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
         """One epoch in random order, in batches of nearly equal size."""
+        size, there = self.epoch_size or len(self.images), len(self.images)
+        order = torch.cat([torch.randperm(there) for _ in range(-(-size // there))])[:size]
         # Batch normalization cannot train on one image: rather than that, batches of two take in a third.
-        count = min(-(-len(self.labels) // batch_size), len(self.labels) // 2)
-        for index in torch.randperm(len(self.labels)).tensor_split(count):
-            images = _moved(self.images[index], self.shift, self.mirror)
-            yield self.normalized(images, device), self.labels[index].to(device)
+        for index in order.tensor_split(min(-(-size // batch_size), size // 2)):
+            images = self.normalized(_moved(self.images[index], self.shift, self.mirror), device)
+            yield images, None if self.labels is None else self.labels[index].to(device)
 
 
 def load(name: str, data_dir: str | None) -> Data:

@@ -1,61 +1,104 @@
 """The networks of the examples: float, with batch normalization, for square images of any size from 8 x 8.
 
-Nothing in them knows of quantization: torchqat.prepare and the optimizer see to that.
+Nothing in them knows of quantization: torchqat.prepare and the optimizer see to that. `width` multiplies the
+number of channels.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def lenet5(channels: int, size: int, classes: int) -> nn.Sequential:
+def lenet5(channels: int, size: int, classes: int, width: float = 1) -> nn.Sequential:
     """LeNet-5 as it is used for MNIST today: two convolutions, 32 and 64 wide, and two linear layers.
 
     Images narrower than 16 pixels are pooled once only, after the second convolution.
     """
     pools = [nn.MaxPool2d(2)] if size >= 16 else []
-    width = 64 * (size // (4 if pools else 2)) ** 2
+    first, second, third = (round(width * n) for n in (32, 64, 512))
     return nn.Sequential(
-        *_conv(channels, 32, 5),
+        *_conv(channels, first, 5),
         *pools,
-        *_conv(32, 64, 5),
+        *_conv(first, second, 5),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(width, 512, bias=False),
-        nn.BatchNorm1d(512),
+        nn.Linear(second * (size // (4 if pools else 2)) ** 2, third, bias=False),
+        nn.BatchNorm1d(third),
         nn.ReLU(),
-        nn.Linear(512, classes),
+        nn.Linear(third, classes),
     )
 
 
-def vgg11(channels: int, size: int, classes: int) -> nn.Sequential:
+def vgg11(channels: int, size: int, classes: int, width: float = 1) -> nn.Sequential:
     """VGG-11 with one linear layer, as it is used for CIFAR-10; pools while there is something to pool."""
     layers: list[nn.Module] = []
     for widths in ([64], [128], [256, 256], [512, 512], [512, 512]):
-        for width in widths:
-            layers += _conv(channels, width, 3)
-            channels = width
+        for out in (round(width * n) for n in widths):
+            layers += _conv(channels, out, 3)
+            channels = out
         if size > 1:
             layers.append(nn.MaxPool2d(2))
             size //= 2
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
-def resnet20(channels: int, size: int, classes: int) -> nn.Sequential:
+def resnet20(channels: int, size: int, classes: int, width: float = 1) -> nn.Sequential:
     """ResNet-20 for small images (He et al. 2016, section 4.2), with shortcuts that have no weights."""
-    layers, width = [*_conv(channels, 16, 3)], 16
-    for out in (16, 32, 64):
+    widths = [round(width * n) for n in (16, 32, 64)]
+    layers, before = [*_conv(channels, widths[0], 3)], widths[0]
+    for out in widths:
         for _ in range(3):
-            layers.append(_Residual(width, out))
-            width = out
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+            layers.append(_Residual(before, out))
+            before = out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
 
 
-MODELS = {"lenet5": lenet5, "vgg11": vgg11, "resnet20": resnet20}
+def cnn4(channels: int, size: int, classes: int, width: float = 1) -> nn.Sequential:
+    """Four convolutions, 16 to 64 wide; the first has 5 x 5 weights and takes every second pixel."""
+    return _cnn4(_conv(channels, round(width * 16), 5, stride=2), classes, width)
 
 
-def _conv(channels: int, width: int, kernel: int) -> list[nn.Module]:
-    convolution = nn.Conv2d(channels, width, kernel, padding=kernel // 2, bias=False)
+def cnn4_fine(channels: int, size: int, classes: int, width: float = 1) -> nn.Sequential:
+    """The same, whose first convolution has 3 x 3 weights and sees every pixel: four times the work."""
+    return _cnn4([*_conv(channels, round(width * 16), 3), nn.MaxPool2d(2)], classes, width)
+
+
+def _cnn4(stem: list[nn.Module], classes: int, width: float) -> nn.Sequential:
+    first, second, third, fourth = (round(width * n) for n in (16, 32, 32, 64))
+    return nn.Sequential(
+        *stem,
+        *_conv(first, second, 3),
+        nn.MaxPool2d(2),
+        *_conv(second, third, 3),
+        *_conv(third, fourth, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(fourth, classes),
+    )
+
+
+MODELS = {
+    "lenet5": lenet5,
+    "vgg11": vgg11,
+    "resnet20": resnet20,
+    "cnn4": cnn4,
+    "cnn4-fine": cnn4_fine,
+}
+
+
+def maps(model: nn.Sequential) -> Iterator[str]:
+    """The names of what puts out feature maps that a ReLU has passed, first to last."""
+    for name, module in model.named_children():
+        if isinstance(module, nn.Flatten):
+            return
+        if isinstance(module, (nn.ReLU, _Residual)):
+            yield name
+
+
+def _conv(channels: int, width: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+    convolution = nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False)
     return [convolution, nn.BatchNorm2d(width), nn.ReLU()]
 
 

@@ -194,16 +194,22 @@ def add_schedule(group, recipes: dict[str, dict]) -> None:
     )
     group.add_argument("--weight-decay", type=number(float, 0, 1e30), default=1e-4, help="of both trainings")
     count, rate = number(int, 0), number(float, 0, 1e30)
-    for option, kind, what in (
-        ("--float-epochs", count, "epochs of the float network"),
-        ("--epochs", count, "epochs of the quantized network"),
-        ("--batch-size", number(int, 2), "images per step"),
-        ("--float-lr", rate, "learning rate of the float network, to 0 by cosine, epoch by epoch"),
-        ("--lr", rate, "learning rate of the quantized network, to 0 by cosine, epoch by epoch"),
-    ):
+    rows = (
+        ("--float-epochs", {"type": count}, "epochs of the float network"),
+        ("--epochs", {"type": count}, "epochs of the quantized network"),
+        ("--batch-size", {"type": number(int, 2)}, "images per step"),
+        ("--float-lr", {"type": rate}, "learning rate of the float network, to 0 by cosine, epoch by epoch"),
+        ("--lr", {"type": rate}, "learning rate of the quantized network, to 0 by cosine, epoch by epoch"),
+    )
+    add_from_recipes(group, recipes, rows)
+
+
+def add_from_recipes(group, recipes: dict[str, dict], rows: tuple[tuple[str, dict, str], ...]) -> None:
+    """Options (name, kind, what) whose defaults are in `recipes`, under the names that --help gives them."""
+    for option, kind, what in rows:
         key = option.strip("-").replace("-", "_")
         defaults = ", ".join(f"{name} {recipe[key]}" for name, recipe in recipes.items())
-        group.add_argument(option, type=kind, default=argparse.SUPPRESS, help=f"{what} ({defaults})")
+        group.add_argument(option, **kind, default=argparse.SUPPRESS, help=f"{what} ({defaults})")
 
 
 def add_run(group, out: Path, not_settings: tuple[str, ...] = NOT_SETTINGS) -> None:

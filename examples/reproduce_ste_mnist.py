@@ -22,7 +22,6 @@ import ending  # noqa: F401, first: for a Ctrl-C while the others are imported
 
 # isort: split
 import argparse
-import itertools
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ import models
 import options
 import packing
 import plots
+import table
 import torch
 import torchqat
 from matplotlib import pyplot as plt
@@ -40,7 +40,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import nn
 from torchqat.nn import StaircaseReLU
 from torchqat.optim import BCGD, param_groups
-from training import Training, conditions, orderly
+from training import conditions, orderly
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,8 @@ def main() -> None:
     args = parse_arguments()
     with orderly(args):
         dataset = data.load("mnist", args.data_dir).subset(args.subset)
-        with checkpoint.claimed(args.out):
-            if args.overwrite:
-                for seed, name in itertools.product(args.seeds, ALL):
-                    metrics_of(args, seed, name).unlink(missing_ok=True)
-            finished(args)  # what cannot stand in one table is refused before anything is trained
-            names = [name for name in ALL if name in ("float", *args.rows)]
-            networks = [Network(args, seed, dataset, name) for seed in args.seeds for name in names]
-            for network in networks:
-                network.go()
-            report(finished(args), args)
+        results = table.fill(args, ALL, settings_of, lambda seed, name: Network(args, seed, dataset, name))
+        report(results, args)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -104,56 +96,29 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def metrics_of(args: argparse.Namespace, seed: int, name: str) -> Path:
-    return args.out / f"seed-{seed}" / name / "metrics.json"
-
-
 def settings_of(args: argparse.Namespace, name: str) -> dict:
     keys = FLOAT_SETTINGS if name == "float" else (*FLOAT_SETTINGS, "epochs", "lr")
     return {"row": name, **{key: getattr(args, key) for key in keys}}
 
 
-def finished(args: argparse.Namespace) -> dict[str, list[dict]]:
-    """The results of all rows and seeds in --out, by name; those of other settings are an error."""
-    seeds = sorted(int(n) for path in args.out.glob("seed-*") if (n := path.name[5:]).isdecimal())
-    found = {}
-    for name in ALL:
-        read = (checkpoint.read_result(metrics_of(args, n, name), settings_of(args, name), n) for n in seeds)
-        if runs := [result for result in read if result]:
-            found[name] = runs
-    return found
-
-
-class Network(Training):
+class Network(table.Network):
     """One row of one seed, or the float network that the rows of that seed start from."""
 
     def __init__(self, args: argparse.Namespace, seed: int, dataset: data.Data, name: str):
-        self.name, self.row = name, ROWS.get(name, FLOAT)
-        settings = settings_of(args, name)
-        self.metrics = metrics_of(args, seed, name)
-        super().__init__(args, settings, seed, dataset, self.metrics.parent)
+        self.row = ROWS.get(name, FLOAT)
+        super().__init__(args, settings_of(args, name), seed, dataset, name)
 
-    def go(self) -> None:
-        """Trains and writes metrics.json, unless that is done."""
-        if not self.metrics.exists():
-            torch.manual_seed(self.seed)
-            model = models.lenet5(self.dataset.channels, self.dataset.size, self.dataset.classes)
-            # The convolutions take most of the time, and a quarter less of it in this layout.
-            self.train_from_start(model.to(self.args.device, memory_format=torch.channels_last))
-            last = self.progress["history"][-1]
-            what = {"seed": self.seed, "accuracy": last["accuracy"], "epochs": last["epoch"]}
-            checkpoint.write_json(
-                self.metrics, {**conditions(self.args, self.settings), **what, **self.progress}
-            )
-        self.checkpoint.unlink(missing_ok=True)
-
-    def train_from_start(self, model: nn.Module) -> None:
+    def train_from_start(self) -> None:
+        torch.manual_seed(self.seed)
+        model = models.lenet5(self.dataset.channels, self.dataset.size, self.dataset.classes)
+        # The convolutions take most of the time, and a quarter less of it in this layout.
+        model = model.to(self.args.device, memory_format=torch.channels_last)
         if self.name == "float":
             optimizer = torch.optim.SGD(model.parameters(), self.args.float_lr, **self.sgd_options())
             self.train("float", model, optimizer, self.args.float_epochs)
-            self.progress["bytes"]["float"] = packing.save(self.folder / "float.tqat", model)
+            self.progress["bytes"]["float"] = packing.save(self.float_file, model)
         else:
-            packing.load_into(model, self.folder.parent / "float" / "float.tqat")
+            packing.load_into(model, self.float_file)
             self.train(self.name, model, self.quantized(model), self.args.epochs)
 
     def quantized(self, model: nn.Module) -> BCGD:
@@ -173,14 +138,11 @@ def report(results: dict[str, list[dict]], args: argparse.Namespace) -> None:
     print("| row | published | ours, mean +- standard deviation | seeds | epochs | seconds a seed |")
     print("|---|---|---|---|---|---|")
     for name, runs in results.items():
-        row, accuracy = ROWS.get(name, FLOAT), [run["accuracy"] for run in runs]
-        mean, spread = statistics.fmean(accuracy), statistics.stdev(accuracy) if len(runs) > 1 else None
-        seconds = statistics.fmean(run["seconds"] for run in runs)
-        seeds, epochs = [run["seed"] for run in runs], runs[0]["epochs"]
-        numbers = {"published": row.published, "mean": mean, "spread": spread, "accuracy": accuracy}
-        summary[name] = {"title": row.title, **numbers, "seeds": seeds, "epochs": epochs, "seconds": seconds}
-        ours = f"{mean:.2f}" + (f" +- {spread:.2f}" if len(runs) > 1 else "")
-        print(f"| {row.title} | {row.published or ''} | {ours} | {len(runs)} | {epochs} | {seconds:.1f} |")
+        row, numbers = ROWS.get(name, FLOAT), table.summary_of(runs)
+        summary[name] = {"title": row.title, "published": row.published, **numbers}
+        ours, seconds = table.shown(numbers["mean"], numbers["spread"]), numbers["seconds"]
+        cells = row.title, row.published or "", ours, len(runs), numbers["epochs"], f"{seconds:.1f}"
+        print(f"| {' | '.join(map(str, cells))} |")
     settings = {key: getattr(args, key) for key in (*FLOAT_SETTINGS, "epochs", "lr")}
     checkpoint.write_json(args.out / "metrics.json", {**conditions(args, settings), "rows": summary})
     plot = args.out / "ste_mnist.png"
@@ -199,8 +161,7 @@ def draw(path: Path, summary: dict[str, dict], results: dict[str, list[dict]]) -
         left.plot(row["mean"], place, "|", color=plots.FLOAT, markersize=16, markeredgewidth=2)
         if row["published"]:
             left.plot(row["published"], place, "D", color=plots.QUANTIZED, markersize=6)
-        histories = [[entry["accuracy"] for entry in run["history"]] for run in results[name]]
-        means = (statistics.fmean(epoch) for epoch in zip(*histories, strict=True))
+        means = map(statistics.fmean, table.curves(results[name], stage=name))
         errors = [max(100 - mean, 0.01) for mean in means]  # one of 10,000 images: the axis has no 0
         right.plot(errors, ".--" if name == "float" else ".-", label=row["title"])
     left.plot([], [], "o", color=plots.FLOAT, alpha=0.4, label="ours, each seed (bar: mean)")

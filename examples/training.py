@@ -15,6 +15,7 @@ import models
 import packing
 import torch
 import torchqat
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -94,17 +95,30 @@ class Training:
         model.train()
         total = torch.zeros((), device=self.args.device)
         batches = self.dataset.batches(self.args.batch_size, self.args.device)
+        seen = 0
         for images, labels in tqdm(batches, title, leave=False, disable=None, unit="batch"):
-            loss = F.cross_entropy(model(images), labels)
+            loss = self.loss(model, images, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()  # BCGD: y <- (1 - rho) y + rho w - lr * coarse gradient at w, then w <- Proj(y)
-            total += loss.detach() * len(labels)
-        return total.item() / len(self.dataset.labels)
+            total += loss.detach() * len(images)
+            seen += len(images)
+        return total.item() / seen
+
+    def loss(self, model: torch.nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+        return F.cross_entropy(model(images), labels)
+
+    def terms_of_loss(self) -> str:
+        """What to show of the losses of an epoch beside their mean."""
+        return ""
+
+    def classifier(self, model: torch.nn.Module) -> torch.nn.Module:
+        """What is tested of a model in training."""
+        return model
 
     def _end_epoch(self, stage, epoch, epochs, model, optimizer, schedule, loss: float | None) -> None:
         images = self.dataset.normalized(self.dataset.test_images, self.args.device)
-        scores = models.class_scores(model, images).cpu()
+        scores = models.class_scores(self.classifier(model), images).cpu()
         self._check_finite(stage, epoch, loss, scores)
         hits = scores.argmax(1) == self.dataset.test_labels
         accuracy = 100 * hits.double().mean().item()
@@ -112,13 +126,13 @@ class Training:
         states = [thing.state_dict() for thing in (model, optimizer, schedule)]
         place = {"stage": stage, "epoch": epoch, "progress": self.progress, "states": states}
         checkpoint.save(self.checkpoint, self.settings, self.seed, **place)
-        shown = "" if loss is None else f"loss {loss:.4f}  "
+        shown = "" if loss is None else f"loss {loss:.4f}{self.terms_of_loss()}  "
         print(
             f"seed {self.seed}  {stage:9} epoch {epoch:3}/{epochs}  {shown}test accuracy {accuracy:.2f} %",
             flush=True,
         )
 
-    def _check_finite(self, stage: str, epoch: int, loss: float | None, scores: torch.Tensor) -> None:
+    def _check_finite(self, stage: str, epoch: int, loss: float | None, scores: Tensor) -> None:
         """Keeps what has diverged out of the checkpoint."""
         lost = loss is not None and not math.isfinite(loss)
         if lost or not scores.isfinite().all():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchqat
 import torchqat.functional as F
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +43,27 @@ def python_arguments(name):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_cpp_mirrors_python(name):
     assert cpp_functions()[name] == python_arguments(name)
+
+
+def cpp_modules():
+    """name -> [(option, default)] of every module of torchqat::nn."""
+    header = "\n".join(path.read_text() for path in sorted((ROOT / "csrc/torchqat/nn").glob("*.h")))
+    modules = {}
+    for name, body in re.findall(r"struct TORCHQAT_API (\w+)Options {(.*?)\n};", header, re.DOTALL):
+        options = re.findall(r"TORCH_ARG\(.*, (\w+)\) = ([^;]*);", body)
+        assert len(options) == body.count("TORCH_ARG") > 0 and f"TORCH_MODULE({name});" in header
+        modules[name] = [(option, literal(default)) for option, default in options]
+    return modules
+
+
+@pytest.mark.parametrize("name", cpp_modules())
+def test_cpp_modules_mirror_python(name):
+    parameters = inspect.signature(getattr(torchqat.nn, name)).parameters.values()
+    assert cpp_modules()[name] == [(p.name, p.default) for p in parameters]
+
+
+def test_the_losses_are_modules_in_cpp():
+    assert set(cpp_modules()) == set(torchqat.nn.__all__) - {"StaircaseReLU"}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

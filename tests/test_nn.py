@@ -1,4 +1,5 @@
-"""nn.StaircaseReLU: where its step size starts, how it is bounded, and what its gradient goes through."""
+"""nn.StaircaseReLU: where its step size starts, how it is bounded, what its gradient goes through. The
+feature-affinity losses: that they are what they say, statistics included, and draw their own probes."""
 
 import copy
 import io
@@ -11,7 +12,7 @@ import oracles
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
-from torchqat.nn import OPTIMAL_ALPHA, StaircaseReLU
+from torchqat.nn import OPTIMAL_ALPHA, FastFeatureAffinityLoss, FeatureAffinityLoss, StaircaseReLU
 
 
 def half_gaussian_error(alpha, bits):
@@ -181,3 +182,214 @@ def test_averages_copies_and_exports_keep_their_settings():
         exported = torch.export.export(model, (torch.randn(2, 3),))
     assert set(exported.state_dict) == set(model.state_dict())
     StaircaseReLU(2).load_state_dict(StaircaseReLU(2).state_dict())
+
+
+# ---- the feature-affinity losses ----
+
+
+def features(*shape, seed=0, dtype=torch.float32):
+    """Features after a ReLU, one pixel all zero."""
+    f = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).relu()
+    f.flatten(2)[0, :, 0] = 0
+    return f.to(dtype)
+
+
+def affinity_difference(student, teacher, eps=1e-5):
+    """S of each image, in float64, straight from the definition."""
+    a, b = (f.double().flatten(2) for f in (student, teacher))
+    a, b = (f / (f.norm(dim=1, keepdim=True) + eps) for f in (a, b))
+    return a.mT @ a - b.mT @ b
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("norm", ["l1", "fro"])
+def test_feature_affinity_is_that_of_the_definition(norm, reduction, device):
+    student, teacher = features(3, 4, 5, 6).to(device), features(3, 7, 5, 6, seed=1).to(device)
+    loss = FeatureAffinityLoss(norm, reduction)(student.requires_grad_(), teacher)
+    s = affinity_difference(student, teacher)
+    s = s.abs().masked_fill(torch.eye(30, dtype=bool, device=device), 0) if norm == "l1" else s.square()
+    torch.testing.assert_close(loss, getattr(s.sum((1, 2)) / 30**2, reduction)(0).float())
+    loss.backward()
+    assert student.grad.abs().sum() > 0 and student.grad[0, :, 0, 0].eq(0).all()
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("norm", ["l1", "fro"])
+def test_the_fast_loss_is_that_of_its_probes(norm, distribution, device):
+    student, teacher = features(2, 4, 3, 5).to(device), features(2, 6, 3, 5, seed=1).to(device)
+    fast = FastFeatureAffinityLoss(4, norm=norm, distribution=distribution)
+    v = copy.deepcopy(fast).draw(15, device, torch.float64)
+    r = affinity_difference(student, teacher) @ copy.deepcopy(fast).draw(15, device).double()
+    want = (r.abs() if norm == "l1" else r.square()).sum((1, 2)) / 4 / 15**2
+    torch.testing.assert_close(fast(student, teacher), want.mean(0).float())
+    assert v.dtype == torch.float64 and v.shape == (15, 4)
+    assert (v.abs() == 1).all() == (distribution == "rademacher")
+    assert fast(student.double(), teacher).dtype == torch.float64
+
+
+def draws_of(losses, batch, **options):
+    """N^2 times the loss of so many single draws."""
+    student, teacher = features(batch, 3, 4, 2, dtype=torch.float64), features(batch, 5, 4, 2, seed=1)
+    fast = FastFeatureAffinityLoss(1, **options)
+    drawn = torch.stack([fast(student, teacher) for _ in range(losses)]) * 8**2
+    return drawn, affinity_difference(student, teacher)
+
+
+def assert_mean_and_variance(drawn, mean, variance):
+    """Within five standard errors, as the draws themselves have it."""
+    n, centred = len(drawn), drawn - drawn.mean()
+    assert abs(drawn.mean() - mean) < 5 * (variance / n) ** 0.5
+    assert abs(drawn.var() - variance) < 5 * ((centred**4).mean() / n) ** 0.5
+    assert 5 * ((centred**4).mean() / n) ** 0.5 < 0.3 * variance  # else it would show nothing
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_the_squared_loss_has_the_mean_and_the_variance_it_says(distribution):
+    drawn, s = draws_of(6000, batch=2, norm="fro", distribution=distribution)
+    m = (s @ s).mean(0)  # the images share the probes
+    variance = 2 * (m.square().sum() - (distribution == "rademacher") * m.diagonal().square().sum())
+    assert_mean_and_variance(drawn, s.square().sum((1, 2)).mean(), variance)
+    assert m.diagonal().square().sum() > 0.3 * m.square().sum()  # so that the two differ
+
+
+@pytest.mark.parametrize("t", [0.5, 1.0, 2.0])
+def test_the_squared_loss_stays_in_the_tail_bound(t):
+    drawn, s = draws_of(4000, batch=1, norm="fro")
+    m = s[0] @ s[0]
+    spread, top = m.norm() * t**0.5, torch.linalg.matrix_norm(m, 2)
+    above = (drawn >= m.trace() + 2 * spread + 2 * top * t).double().mean()
+    below = (drawn <= m.trace() - 2 * spread).double().mean()
+    slack = 5 * math.exp(-t / 2) / 4000**0.5
+    assert above <= math.exp(-t) + slack and below <= math.exp(-t) + slack
+    assert (drawn >= m.trace() + spread).double().mean() > 0.02  # draws do reach that far
+
+
+def test_the_l1_loss_estimates_the_2_1_norm_and_not_the_entrywise_one():
+    drawn, s = draws_of(6000, batch=1, norm="l1")
+    s = s[0]
+    rows = s.norm(dim=1)
+    outer = torch.outer(rows, rows)
+    cosines = (s @ s.mT / outer).nan_to_num().clamp(-1, 1)  # a pixel that is zero in both has a zero row
+    shape = (1 - cosines.square()).sqrt() + cosines * cosines.asin() - 1
+    assert_mean_and_variance(drawn, (2 / math.pi) ** 0.5 * rows.sum(), 2 / math.pi * (outer * shape).sum())
+    entrywise = s.abs().sum()
+    assert abs(drawn.mean() - entrywise) > 0.3 * entrywise
+    assert rows.sum() <= entrywise <= 8**0.5 * rows.sum()
+    drawn, _ = draws_of(1000, batch=1, norm="l1", distribution="rademacher")
+    assert 0.5**0.5 * rows.sum() < drawn.mean() < rows.sum()
+
+
+def test_more_probes_have_less_variance():
+    student, teacher = features(1, 3, 4, 4), features(1, 5, 4, 4, seed=1)
+    spread = {}
+    for k in (1, 16):
+        fast = FastFeatureAffinityLoss(k, norm="fro")
+        spread[k] = torch.stack([fast(student, teacher) for _ in range(1500)]).var().item()
+    assert spread[1] / spread[16] == pytest.approx(16, rel=0.4)
+
+
+def test_probes_are_new_at_each_call_and_touch_no_global_generator():
+    student, teacher = features(2, 4, 3, 3), features(2, 4, 3, 3, seed=1)
+    before = torch.get_rng_state()
+    first, second = FastFeatureAffinityLoss(), FastFeatureAffinityLoss()
+    drawn = [first(student, teacher).item() for _ in range(3)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(set(drawn)) == 3
+    torch.manual_seed(7)
+    assert [second(student, teacher).item() for _ in range(3)] == drawn  # its seed is its own
+
+
+def test_a_generator_that_is_given_is_used_and_shared():
+    generator = torch.Generator().manual_seed(3)
+    want = torch.randn(9, 2, generator=torch.Generator().manual_seed(3))
+    fast = FastFeatureAffinityLoss(2, generator)
+    assert torch.equal(fast.draw(9, torch.device("cpu")), want)
+    assert not torch.equal(generator.get_state(), torch.Generator().manual_seed(3).get_state())
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda fast: copy.deepcopy(fast),
+        lambda fast: pickle.loads(pickle.dumps(fast)),
+        lambda fast: loaded(FastFeatureAffinityLoss(3), fast.state_dict()),
+        lambda fast: loaded(FastFeatureAffinityLoss(3), saved_and_loaded(fast.state_dict())),
+    ],
+    ids=["deepcopy", "pickle", "state", "file"],
+)
+def test_the_next_probes_survive(way):
+    fast = FastFeatureAffinityLoss(3)
+    fast.draw(5, torch.device("cpu"))
+    twin = way(fast)
+    drawn = [fast.draw(5, torch.device("cpu")) for _ in range(2)]
+    assert all(torch.equal(twin.draw(5, torch.device("cpu")), v) for v in drawn)  # and do not share
+
+
+def loaded(module, state):
+    module.load_state_dict(state)
+    return module
+
+
+@pytest.mark.parametrize("state, got", [(torch.zeros(16, dtype=torch.uint8), "16 values"), (3, "3")])
+def test_a_state_of_another_generator_is_refused(state, got):
+    with pytest.raises(RuntimeError, match=f"the state must be of a generator on cpu, got {got}"):
+        FastFeatureAffinityLoss().load_state_dict({"_extra_state": state})
+
+
+@pytest.mark.parametrize("make", [FeatureAffinityLoss, FastFeatureAffinityLoss])
+def test_affinity_losses_compile(make):
+    student, teacher = features(2, 4, 3, 3).requires_grad_(), features(2, 4, 3, 3, seed=1)
+    eager = make()
+    compiled = torch.compile(make(), backend="aot_eager", fullgraph=make is FeatureAffinityLoss)
+    for _ in range(2):
+        want, got = eager(student, teacher), compiled(student, teacher)
+        torch.testing.assert_close(got, want)
+        gradients = [torch.autograd.grad(loss, student)[0] for loss in (got, want)]
+        torch.testing.assert_close(*gradients)
+
+
+def test_what_compile_says_of_a_fast_loss():
+    compiled = torch.compile(FastFeatureAffinityLoss(), backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="draws from a generator of its own"):
+        compiled(features(2, 4, 3, 3), features(2, 4, 3, 3))
+
+
+def test_affinity_losses_print():
+    assert repr(FeatureAffinityLoss()) == "FeatureAffinityLoss(norm='l1', reduction='mean', eps=1e-05)"
+    assert repr(FastFeatureAffinityLoss(3, norm="fro")) == (
+        "FastFeatureAffinityLoss(probes=3, norm='fro', reduction='mean', eps=1e-05, distribution='gaussian')"
+    )
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(norm="l2"), ValueError, "l2"),
+        (dict(reduction="none"), ValueError, "none"),
+        (dict(eps="0"), TypeError, "eps must be of type float, got str"),
+        (dict(probes=0), ValueError, "FastFeatureAffinityLoss: probes must be at least 1, got 0"),
+        (dict(probes=2.0), TypeError, "FastFeatureAffinityLoss: probes must be an int, got 2.0"),
+        (dict(probes=True), TypeError, "probes must be an int, got True"),
+        (dict(generator=3), TypeError, "generator must be a torch.Generator, got 3"),
+        (
+            dict(distribution="cauchy"),
+            ValueError,
+            "unknown distribution 'cauchy'; choose one of gaussian, ra",
+        ),
+    ],
+)
+def test_bad_options_of_affinity_losses_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        FastFeatureAffinityLoss(**options)
+    if options.keys() <= {"norm", "reduction", "eps"}:
+        with pytest.raises(error, match=message):
+            FeatureAffinityLoss(**options)
+
+
+@pytest.mark.parametrize("make", [FeatureAffinityLoss, FastFeatureAffinityLoss])
+@pytest.mark.parametrize(
+    "student, teacher", [((2, 3), (2, 3)), ((2, 3, 4), (1, 3, 4)), ((2, 3, 4), (2, 3, 5))]
+)
+def test_features_that_do_not_belong_together_are_refused(make, student, teacher):
+    with pytest.raises(ValueError, match="feature_affinity_loss: "):
+        make()(torch.ones(student), torch.ones(teacher))

@@ -49,5 +49,11 @@ def test_a_checkpoint_goes_on_bit_for_bit(program):
     assert_same(*runs)
 
 
+def test_a_teacher_in_place_of_labels(program):
+    student, teacher, result = (program[2][name] for name in ("student", "teacher", "result"))
+    assert student[0].weight.unique().numel() == 2 and teacher[0].weight.unique().numel() > 2
+    assert result.terms.kd > 0 and result.terms.fa > 0 and result.terms.label is None
+
+
 def test_every_block_of_python_is_tried():
-    assert len(BLOCKS) == README.count("```python") == 2
+    assert len(BLOCKS) == README.count("```python") == 3

@@ -7,7 +7,7 @@ from torchqat import _library
 
 _BUILD = _library.load()
 
-from torchqat import _vmap, functional, nn, optim  # noqa: E402, F401  (they need the operators)
+from torchqat import _vmap, distill, functional, nn, optim  # noqa: E402, F401  (they need the operators)
 from torchqat.calibrate import calibrate  # noqa: E402
 from torchqat.prepare import prepare  # noqa: E402
 
@@ -38,6 +38,7 @@ __all__ = [
     "build_info",
     "calibrate",
     "cmake_prefix_path",
+    "distill",
     "functional",
     "nn",
     "optim",

@@ -10,7 +10,7 @@ from torch import nn
 from torchqat import _rewrite
 from torchqat._bits import check_bits
 from torchqat._excluded import Excluded
-from torchqat.nn import StaircaseReLU, as_arguments
+from torchqat.nn.staircase_relu import StaircaseReLU, as_arguments
 
 RELUS = (nn.ReLU, nn.ReLU6)
 NOTHING_REPLACED = (

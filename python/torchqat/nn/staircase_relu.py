@@ -1,4 +1,4 @@
-"""Modules."""
+"""The activation of a quantized network as a module."""
 
 import math
 from typing import Any
@@ -8,8 +8,6 @@ from torch import Tensor
 
 from torchqat import functional as F
 from torchqat._bits import check_bits
-
-__all__ = ["StaircaseReLU"]
 
 # Step sizes with the least mean squared error for half-Gaussian input max(z, 0), z ~ N(0, 1) (tests recompute
 # them).

@@ -1,0 +1,204 @@
+"""Student, teacher, taps, connectors and loss in one object."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchqat.distill.connector import resize_like
+from torchqat.distill.loss import FAQDLoss, FAQDTerms
+from torchqat.distill.taps import FeatureTaps
+
+
+class Distilled(NamedTuple):
+    """What a :class:`Distiller` returns.
+
+    Attributes:
+        loss: to call ``backward`` on.
+        logits: the student's, with their gradient.
+        terms: what the loss is made of, a :class:`FAQDTerms`.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    terms: FAQDTerms
+
+
+class Distiller(nn.Module):
+    r"""Runs a student beside its teacher and computes the loss of what they made of the same images.
+
+    The teacher runs in eval mode and without gradients: neither its parameters nor its buffers change. It is
+    no submodule: ``parameters()``, ``state_dict()`` and ``train()`` of the distiller are those of what is
+    trained, the student, the connectors and the loss (where the probes' generator is), so that the state
+    is what a checkpoint needs. ``to()`` moves the teacher too. Where the loss has no term that needs the
+    teacher, it does not run; features are taken only where the loss looks at them.
+
+    **Order.** ``prepare`` and ``calibrate`` the student first, then make the distiller, then the optimizer
+    from the *student's* parameters, and those of the connectors in a plain group of their own, as below.
+    :func:`torchqat.optim.param_groups` of the distiller itself would take connectors for layers to quantize.
+
+    **Distributed training.** The student may be wrapped by DistributedDataParallel (``paths`` are those of
+    the model inside). Connectors are outside of it: wrap each by itself.
+
+    Args:
+        student: the network to train; its output must be a tensor of logits.
+        teacher: the network to learn from, of logits of the same shape.
+        taps: which features are compared: a mapping of student's module paths to teacher's, or pairs, where
+            a path may occur more than once. See :class:`FeatureTaps`.
+        loss: a :class:`FAQDLoss`; None for one of its defaults.
+        connectors: a module for the student's features at a path, by path: for example a
+            :class:`Connector`.
+        align_corners: how teacher's features of another grid are resized: see :func:`resize_like`.
+
+    Shape:
+        images are what both networks take. Features are (B, C, \*spatial); the teacher's are resized to the
+        student's grid where they differ.
+
+    Raises:
+        TypeError: ``student`` or ``teacher`` is no module.
+        ValueError: no taps where ``lambda_fa > 0``; a path that does not exist (the message suggests the
+            nearest), or a connector for a path that is not tapped.
+        When called: as :class:`FeatureTaps` and :class:`FAQDLoss`.
+
+    A warning tells once that the teacher was in training mode; it is in eval mode from then on.
+
+    Example:
+        >>> import torchqat
+        >>> def network(width):
+        ...     layers = nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten()
+        ...     return nn.Sequential(*layers, nn.Linear(width * 36, 10))
+        >>> images = torch.randn(16, 1, 8, 8)
+        >>> teacher = network(32).eval()  # ... which has been trained
+        >>> student = torchqat.prepare(network(8), act_bits=2)
+        >>> _ = torchqat.calibrate(student, [images])
+        >>> loss = torchqat.distill.FAQDLoss(lambda_label=0)  # reads no labels
+        >>> connectors = {"2": torchqat.distill.Connector(8)}
+        >>> distiller = torchqat.distill.Distiller(student, teacher, {"2": "2"}, loss, connectors=connectors)
+        >>> groups = torchqat.optim.param_groups(student, weight_bits=1)
+        >>> groups.append({"name": "connectors", "params": list(distiller.connectors.parameters())})
+        >>> optimizer = torchqat.optim.BCGD(groups, lr=0.01, momentum=0.9)
+        >>> result = distiller(images)
+        >>> result.loss.backward()
+        >>> optimizer.step()
+
+    Source: as :class:`FAQDLoss`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        taps: Mapping[str, str] | Iterable[tuple[str, str]] = (),
+        loss: FAQDLoss | None = None,
+        *,
+        connectors: Mapping[str, nn.Module] | None = None,
+        align_corners: bool = True,
+    ):
+        super().__init__()
+        for name, model in (("student", student), ("teacher", teacher)):
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"Distiller: {name} must be a torch.nn.Module, got {type(model).__name__}")
+        self.student = student
+        self.loss = FAQDLoss() if loss is None else loss
+        self.align_corners = align_corners
+        self.pairs = _pairs(taps)
+        connectors = dict(connectors or {})
+        of_student, of_teacher = ([pair[side] for pair in self.pairs] for side in (0, 1))
+        if self.loss.lambda_fa and not self.pairs:
+            raise ValueError("Distiller: taps must name features where lambda_fa > 0, got none")
+        if unknown := [path for path in connectors if path not in of_student]:
+            raise ValueError(f"Distiller: connectors must be for tapped paths {of_student}, got {unknown}")
+        self.connected = list(connectors)
+        self.connectors = nn.ModuleList(connectors.values())
+        self.warned = False
+        # What goes past nn.Module's __setattr__ is no submodule.
+        self.__dict__["teacher"] = teacher
+        self.student_taps = _tapped("student", student, of_student)
+        try:
+            self.teacher_taps = _tapped("teacher", teacher, of_teacher)
+        except ValueError:
+            self.student_taps.remove()
+            raise
+
+    def forward(self, images: Any, labels: Any = None) -> Distilled:
+        """``labels`` are not looked at where the loss has ``lambda_label=0``."""
+        teacher_logits, targets = self._ask_teacher(images)
+        if self.loss.lambda_fa:
+            logits, features = self.student_taps(images)
+        else:
+            logits, features = self.student(images), {}
+        terms = self.loss(logits, teacher_logits, self._compared(features, targets), labels)
+        return Distilled(terms.loss, logits, terms)
+
+    def build(self, images: Any) -> "Distiller":
+        """Runs both networks once, in eval mode and without gradients, so that a :class:`LazyConnector` gets
+        its parameters, and paths and features that do not fit raise before training begins.
+
+        Training modes are afterwards what they were. Returns the distiller.
+        """
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            with torch.no_grad():
+                _, targets = self._ask_teacher(images)
+                _, features = self.student_taps(images)
+                list(self._compared(features, targets))
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return self
+
+    def remove(self) -> None:
+        """Removes the hooks from both networks; the distiller computes no features any more."""
+        self.student_taps.remove()
+        self.teacher_taps.remove()
+
+    @torch.no_grad()
+    def _ask_teacher(self, images: Any) -> tuple[Any, dict[str, Tensor]]:
+        if not self.loss.needs_teacher():
+            return None, {}
+        if any(module.training for module in self.teacher.modules()):
+            if not self.warned:
+                warnings.warn(
+                    "Distiller: the teacher was in training mode; it is put in eval mode", stacklevel=6
+                )
+                self.warned = True
+            self.teacher.eval()
+        return self.teacher_taps(images) if self.loss.lambda_fa else (self.teacher(images), {})
+
+    def _compared(
+        self, features: dict[str, Tensor], targets: dict[str, Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of student's and teacher's features, on the student's grid."""
+        for path, connector in zip(self.connected, self.connectors, strict=True):
+            if path in features:
+                features[path] = connector(features[path])
+        for of_student, of_teacher in self.pairs if targets else ():
+            feature = features[of_student]
+            yield feature, resize_like(targets[of_teacher], feature, align_corners=self.align_corners)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Distiller":
+        self.teacher._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{student!r}: {teacher!r}" for student, teacher in self.pairs)
+
+
+def _pairs(taps: Mapping[str, str] | Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    pairs = [tuple(pair) for pair in (taps.items() if isinstance(taps, Mapping) else taps)]
+    for pair in pairs:
+        if [type(path) for path in pair] != [str, str]:
+            raise TypeError(
+                f"Distiller: taps must be pairs of module paths, student's and teacher's, got {pair!r}"
+            )
+    return pairs
+
+
+def _tapped(name: str, model: nn.Module, paths: list[str]) -> FeatureTaps:
+    try:
+        return FeatureTaps(model, paths)
+    except ValueError as error:
+        raise ValueError(f"{error} (the {name})") from None

@@ -1,0 +1,141 @@
+"""Feature maps from inside a model, by the names of its modules."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class FeatureTaps:
+    """Calls a model and returns, with its output, what chosen modules inside it returned.
+
+    The modules get forward hooks, which collect during a call of this object and are without effect in all
+    other calls of the model: nothing is kept afterwards, also when the model raises. The hooks stay until
+    :meth:`remove`, or the end of a ``with`` block.
+
+    A copy of the model (``copy.deepcopy``, pickle) has the hooks too, without effect. In backward, where
+    ``torch.utils.checkpoint`` calls modules again, nothing is collected.
+
+    ``torch.compile`` traces through the hooks without a graph break, and features carry gradients. Tap a
+    compiled model before its first call: it does not see later hooks, and calling the taps then raises. What
+    is changed in place inside a compiled model is not noticed.
+
+    Args:
+        model: any module; one wrapped by DistributedDataParallel or ``torch.compile`` too, whose ``paths``
+            are then those of the model inside. (``nn.DataParallel`` makes copies, whose features are
+            lost.) A module inside TorchScript calls no hooks.
+        paths: names of modules, as ``model.named_modules()`` gives them.
+
+    Raises:
+        TypeError: ``paths`` is one string; when called: a tapped module returned something other than a
+            tensor.
+        ValueError: there is no module of that name; the message suggests the nearest.
+        RuntimeError: when called: a tapped module was not called, or more than once, or its result was
+            changed in place afterwards (as by ``nn.ReLU(inplace=True)``), or the hooks are removed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+        >>> with FeatureTaps(model, ["1"]) as taps:
+        ...     logits, features = taps(torch.randn(8, 1, 8, 8))
+        >>> features["1"].shape
+        torch.Size([8, 4, 6, 6])
+    """
+
+    def __init__(self, model: nn.Module, paths: Iterable[str]):
+        if isinstance(paths, str):
+            raise TypeError(f"FeatureTaps: paths must be a list of names, got the string {paths!r}")
+        self.model = model
+        self.paths = list(dict.fromkeys(paths))
+        self._calls: dict[str, list[tuple[Any, int]]] | None = None  # only during a call
+        modules = dict(_unwrapped(model).named_modules(remove_duplicate=False))
+        for path in self.paths:
+            if path not in modules:
+                raise ValueError(f"FeatureTaps: {_no_such_module(path, model, modules)}")
+        self.removed = False
+        self._handles = [modules[path].register_forward_hook(_Hook(self, path)) for path in self.paths]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        """The model's output for these arguments, and the features by path."""
+        if self.removed:
+            raise RuntimeError("FeatureTaps: the hooks are removed")
+        self._calls = {path: [] for path in self.paths}
+        try:
+            output = self.model(*args, **kwargs)
+            return output, {path: _only(path, calls) for path, calls in self._calls.items()}
+        finally:
+            self._calls = None
+
+    def remove(self) -> None:
+        """Removes the hooks; a second time there is nothing to do."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.removed = [], True
+
+    def __enter__(self) -> "FeatureTaps":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_calls": None}
+
+
+class _Hook:
+    """A forward hook that hands what a module returned to its taps."""
+
+    def __init__(self, taps: FeatureTaps, path: str):
+        self.taps, self.path = taps, path
+
+    def __call__(self, _module: nn.Module, _args: tuple, output: Any) -> None:
+        if self.taps._calls is not None:
+            self.taps._calls[self.path].append((output, _version(output)))
+
+
+def _version(output: Any) -> int:
+    """Grows whenever a tensor is changed in place, where that is counted."""
+    uncounted = torch.compiler.is_compiling() or not isinstance(output, Tensor) or output.is_inference()
+    return 0 if uncounted else output._version
+
+
+def _only(path: str, calls: list[tuple[Any, int]]) -> Tensor:
+    """The result of the one call there was."""
+    if not calls:
+        raise RuntimeError(
+            f"FeatureTaps: {path!r} must be called once in a forward, got no call. (A compiled model must be "
+            "tapped before its first call.)"
+        )
+    if len(calls) > 1:
+        raise RuntimeError(
+            f"FeatureTaps: {path!r} must be called once in a forward, got {len(calls)} calls: "
+            "tap a module that is called once, for example the one around it"
+        )
+    ((output, version),) = calls
+    if not isinstance(output, Tensor):
+        raise TypeError(f"FeatureTaps: {path!r} must return a tensor, got {type(output).__name__}")
+    if _version(output) != version:
+        raise RuntimeError(
+            f"FeatureTaps: the result of {path!r} was changed in place by what follows it: tap what follows, "
+            "or make that not work in place"
+        )
+    return output
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _no_such_module(path: str, model: nn.Module, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(path, [name for name in names if name], n=1, cutoff=0.0)
+    nearest = f"; the nearest name is {near[0]!r}" if near else ""
+    return f"{type(_unwrapped(model)).__name__} has no module {path!r}{nearest}"

@@ -1,0 +1,7 @@
+"""Modules."""
+
+from torchqat.nn.feature_affinity import FastFeatureAffinityLoss, FeatureAffinityLoss
+from torchqat.nn.staircase_relu import OPTIMAL_ALPHA as OPTIMAL_ALPHA
+from torchqat.nn.staircase_relu import StaircaseReLU
+
+__all__ = ["FastFeatureAffinityLoss", "FeatureAffinityLoss", "StaircaseReLU"]

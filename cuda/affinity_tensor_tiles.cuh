@@ -3,6 +3,7 @@
 #include <mma.h>
 
 #include "affinity_tiles.cuh"
+#include "scaled_columns.cuh"
 
 // Tiles of S = A'A - B'B by tensor cores, for features in half precision. Products of features are exact and
 // added in float; nothing is rounded to half precision but the factor that brings a column of A to unit

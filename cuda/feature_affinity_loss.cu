@@ -24,6 +24,8 @@ struct Images {
   int64_t pixels() const { return student.size(2); }
 };
 
+cudaStream_t current_stream() { return at::cuda::getCurrentCUDAStream(); }
+
 at::Tensor empty(at::IntArrayRef size, const at::Tensor& like, at::ScalarType dtype) {
   return at::empty(size, like.options().dtype(dtype));
 }
@@ -54,7 +56,7 @@ void fill_unit(const at::Tensor& features, double eps, const at::Tensor& unit, W
   const cuda::UnitColumns<W> to{unit.mutable_data_ptr<W>(), unit.size(1), unit.stride(1), unit.stride(0)};
   for_dtype<W>(features.scalar_type(), [&]<typename S>(S) {
     C10_CUDA_CHECK(cuda::launch_unit_columns(features_of<const S>(features), features.size(0), eps, to, norms,
-                                             at::cuda::getCurrentCUDAStream()));
+                                             current_stream()));
   });
 }
 
@@ -66,8 +68,7 @@ void fill_gradient(const Images& images, const cuda::Features<const W>& grad, co
   for_dtype<W>(images.student.scalar_type(), [&]<typename S>(S) {
     C10_CUDA_CHECK(cuda::launch_unit_columns_backward(
         grad, features_of<const S>(images.student), images.count(), norms, eps,
-        factor / static_cast<double>(images.pixels()), features_of<S>(images.gradient),
-        at::cuda::getCurrentCUDAStream()));
+        factor / static_cast<double>(images.pixels()), features_of<S>(images.gradient), current_stream()));
   });
 }
 
@@ -75,9 +76,9 @@ template <typename Tiles>
 void run_tiles(const Tiles& tiles, const Images& images) {
   const int64_t partials = cuda::affinity_partials(images.count(), images.pixels(), images.differentiate());
   const auto partial = empty({images.count() * partials}, images.values, at::kDouble);
-  C10_CUDA_CHECK(cuda::launch_l1_affinity(
-      tiles, images.count(), images.differentiate(), partial.mutable_data_ptr<double>(),
-      images.values.mutable_data_ptr<double>(), at::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(cuda::launch_l1_affinity(tiles, images.count(), images.differentiate(),
+                                          partial.mutable_data_ptr<double>(),
+                                          images.values.mutable_data_ptr<double>(), current_stream()));
 }
 
 // A form of the loss: runs on some images, and says how much memory it takes for each.
@@ -86,93 +87,90 @@ struct Form {
   int64_t bytes_per_image;
 };
 
+// Of features: the student's channels, the teacher's, and the pixels of both.
+struct Sizes {
+  int64_t student, teacher, pixels;
+};
+
 // l1 with columns and S in W.
 template <typename W>
-Form l1_in(int64_t student_channels, int64_t teacher_channels, int64_t pixels) {
-  const int64_t row = cuda::round_up(pixels, cuda::kRowMultiple);
+Form l1_in(const Sizes& sizes) {
+  const int64_t row = cuda::round_up(sizes.pixels, cuda::kRowMultiple);
   const auto run = [=](const Images& images, double eps) {
     const auto dtype = c10::CppTypeToScalarType<W>::value;
-    const auto a = empty({images.count(), student_channels, row}, images.student, dtype);
-    const auto b = empty({images.count(), teacher_channels, row}, images.student, dtype);
-    const auto norms = empty({images.count(), pixels}, images.student, dtype);
+    const auto a = empty({images.count(), sizes.student, row}, images.student, dtype);
+    const auto b = empty({images.count(), sizes.teacher, row}, images.student, dtype);
+    const auto norms = empty({images.count(), sizes.pixels}, images.student, dtype);
     fill_unit<W>(images.student, eps, a, norms.template mutable_data_ptr<W>());
     fill_unit<W>(images.teacher, eps, b, nullptr);
     const auto columns = [](const at::Tensor& t) -> cuda::UnitColumns<const W> {
       return {t.const_data_ptr<W>(), t.size(1), t.stride(1), t.stride(0)};
     };
-    cuda::FmaTiles<W> tiles{columns(a), columns(b), {}, pixels};
+    cuda::FmaTiles<W> tiles{columns(a), columns(b), {}, sizes.pixels};
     if (!images.differentiate()) return run_tiles(tiles, images);
     const auto grad = at::empty_like(a);
-    tiles.grad = {grad.template mutable_data_ptr<W>(), student_channels, row, grad.stride(0)};
+    tiles.grad = {grad.template mutable_data_ptr<W>(), sizes.student, row, grad.stride(0)};
     run_tiles(tiles, images);
-    fill_gradient<W>(images, features_of<const W>(grad.narrow(2, 0, pixels)),
+    fill_gradient<W>(images, features_of<const W>(grad.narrow(2, 0, sizes.pixels)),
                      norms.template const_data_ptr<W>(), eps, 2);
   };
-  const int64_t elements = row * (2 * student_channels + teacher_channels) + pixels;
+  const int64_t elements = row * (2 * sizes.student + sizes.teacher) + sizes.pixels;
   return {run, elements * static_cast<int64_t>(sizeof(W))};
 }
 
 // l1 of half-precision features by tensor cores.
-template <typename scalar_t, typename half_t>
-Form l1_by_tensor_cores(int64_t student_channels, int64_t teacher_channels, int64_t pixels) {
-  const int64_t rows = cuda::round_up(pixels, cuda::kFragment);
-  const int64_t student_row = cuda::round_up(student_channels, cuda::kFragment);
-  const int64_t teacher_row = cuda::round_up(teacher_channels, cuda::kFragment);
+template <typename half_t>
+Form l1_by_tensor_cores(const Sizes& sizes) {
+  const int64_t pixels = cuda::round_up(sizes.pixels, cuda::kFragment);
+  const int64_t student = cuda::round_up(sizes.student, cuda::kFragment);
+  const int64_t teacher = cuda::round_up(sizes.teacher, cuda::kFragment);
   const auto run = [=](const Images& images, double eps) {
-    const auto scale = [&](const at::Tensor& features, const at::Tensor& to, const at::Tensor& scales,
-                           float* norms) -> cuda::ScaledColumns<const half_t> {
-      const cuda::ScaledColumns<half_t> scaled{reinterpret_cast<half_t*>(to.mutable_data_ptr<scalar_t>()),
-                                               scales.mutable_data_ptr<float>(), to.size(2), rows};
-      const cuda::Features<const half_t> from{
-          reinterpret_cast<const half_t*>(features.const_data_ptr<scalar_t>()),
-          features.size(1),
-          pixels,
-          features.stride(0),
-          features.stride(1),
-          features.stride(2)};
-      C10_CUDA_CHECK(cuda::launch_scaled_columns(from, images.count(), eps, scaled, norms,
-                                                 at::cuda::getCurrentCUDAStream()));
-      return {scaled.data, scaled.scale, scaled.channels, scaled.pixels};
+    const auto u = empty({images.count(), pixels, student}, images.student, images.student.scalar_type());
+    const auto v = empty({images.count(), pixels, teacher}, images.student, images.student.scalar_type());
+    const auto scales = empty({2, images.count(), pixels}, images.student, at::kFloat);
+    const auto norms = empty({images.count(), sizes.pixels}, images.student, at::kFloat);
+    const auto scaled = [&](const at::Tensor& features, const at::Tensor& to, const at::Tensor& scale,
+                            float* norms) -> cuda::ScaledColumns<const half_t> {
+      auto* data = static_cast<half_t*>(to.mutable_data_ptr());
+      auto* factor = scale.mutable_data_ptr<float>();
+      C10_CUDA_CHECK(cuda::launch_scaled_columns(
+          features_of<const half_t>(features), images.count(), eps,
+          cuda::ScaledColumns<half_t>{data, factor, to.size(2), pixels}, norms, current_stream()));
+      return {data, factor, to.size(2), pixels};
     };
-    const auto dtype = c10::CppTypeToScalarType<scalar_t>::value;
-    const auto u = empty({images.count(), rows, student_row}, images.student, dtype);
-    const auto v = empty({images.count(), rows, teacher_row}, images.student, dtype);
-    const auto scales = empty({2, images.count(), rows}, images.student, at::kFloat);
-    const auto norms = empty({images.count(), pixels}, images.student, at::kFloat);
     cuda::TensorTiles<half_t> tiles{
-        scale(images.student, u, scales[0], norms.template mutable_data_ptr<float>()),
-        scale(images.teacher, v, scales[1], nullptr), nullptr, pixels};
+        scaled(images.student, u, scales[0], norms.template mutable_data_ptr<float>()),
+        scaled(images.teacher, v, scales[1], nullptr), nullptr, sizes.pixels};
     if (!images.differentiate()) return run_tiles(tiles, images);
     const auto grad = empty(u.sizes(), images.student, at::kFloat);
     tiles.grad = grad.template mutable_data_ptr<float>();
     run_tiles(tiles, images);
-    const auto of_features = grad.mT().narrow(1, 0, student_channels).narrow(2, 0, pixels);
+    const auto of_features = grad.mT().narrow(1, 0, sizes.student).narrow(2, 0, sizes.pixels);
     fill_gradient<float>(images, features_of<const float>(of_features),
                          norms.template const_data_ptr<float>(), eps,
                          2.0 / cuda::TensorTiles<half_t>::kSignScale);
   };
-  return {run, rows * (6 * student_row + 2 * teacher_row + 12)};
+  return {run, pixels * (6 * student + 2 * teacher + 12)};
 }
 
 using Products = std::function<Affinity(const at::Tensor& unit, bool differentiate)>;
 
 // By matrix products of unit columns in float64.
-Form by_products(int64_t student_channels, int64_t teacher_channels, int64_t pixels,
-                 const Products& products) {
+Form by_products(const Sizes& sizes, const Products& products) {
   const auto run = [=](const Images& images, double eps) {
-    const auto unit =
-        empty({images.count(), student_channels + teacher_channels, pixels}, images.student, at::kDouble);
-    const auto norms = empty({images.count(), pixels}, images.student, at::kDouble);
-    fill_unit<double>(images.student, eps, unit.narrow(1, 0, student_channels),
+    const int64_t channels = sizes.student + sizes.teacher;
+    const auto unit = empty({images.count(), channels, sizes.pixels}, images.student, at::kDouble);
+    const auto norms = empty({images.count(), sizes.pixels}, images.student, at::kDouble);
+    fill_unit<double>(images.student, eps, unit.narrow(1, 0, sizes.student),
                       norms.mutable_data_ptr<double>());
-    fill_unit<double>(images.teacher, eps, unit.narrow(1, student_channels, teacher_channels), nullptr);
+    fill_unit<double>(images.teacher, eps, unit.narrow(1, sizes.student, sizes.teacher), nullptr);
     const auto affinity = products(unit, images.differentiate());
     images.values.copy_(affinity.value);
     if (images.differentiate())
       fill_gradient<double>(images, features_of<const double>(affinity.gradient),
                             norms.const_data_ptr<double>(), eps, 1);
   };
-  return {run, 8 * pixels * (2 * student_channels + teacher_channels + 1)};
+  return {run, 8 * sizes.pixels * (2 * sizes.student + sizes.teacher + 1)};
 }
 
 // The values of all images, and the gradient in the student's features where `gradient` is defined. So many
@@ -197,42 +195,36 @@ at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, double eps,
   return all.values;
 }
 
-// Half precision has tensor cores of its own where both have the same; else the columns are in the loss's
-// dtype.
-Form l1(const at::Tensor& student, const at::Tensor& teacher, at::ScalarType dtype) {
-  const int64_t pixels = c10::multiply_integers(student.sizes().slice(2));
-  const auto dtypes = std::pair(student.scalar_type(), teacher.scalar_type());
-  if (dtypes == std::pair(at::kHalf, at::kHalf))
-    return l1_by_tensor_cores<at::Half, __half>(student.size(1), teacher.size(1), pixels);
-  if (dtypes == std::pair(at::kBFloat16, at::kBFloat16))
-    return l1_by_tensor_cores<at::BFloat16, __nv_bfloat16>(student.size(1), teacher.size(1), pixels);
-  if (dtype == at::kDouble) return l1_in<double>(student.size(1), teacher.size(1), pixels);
-  return l1_in<float>(student.size(1), teacher.size(1), pixels);
-}
-
-Form products_form(const at::Tensor& student, const at::Tensor& teacher, const Products& products) {
-  return by_products(student.size(1), teacher.size(1), c10::multiply_integers(student.sizes().slice(2)),
-                     products);
+Sizes sizes_of(const at::Tensor& student, const at::Tensor& teacher) {
+  return {student.size(1), teacher.size(1), c10::multiply_integers(student.sizes().slice(2))};
 }
 
 at::Tensor exact(const at::Tensor& student, const at::Tensor& teacher, std::string_view norm, double eps,
                  const at::Tensor& gradient, at::ScalarType dtype) {
-  if (norm == "l1") return run(student, teacher, eps, gradient, l1(student, teacher, dtype));
-  const int64_t channels = student.size(1);
-  return run(student, teacher, eps, gradient,
-             products_form(student, teacher, [=](const at::Tensor& unit, bool differentiate) {
-               return frobenius_affinity(unit, channels, differentiate);
-             }));
+  const Sizes sizes = sizes_of(student, teacher);
+  const auto form = [&] {
+    if (norm == "fro")
+      return by_products(sizes, [=](const at::Tensor& unit, bool differentiate) {
+        return frobenius_affinity(unit, sizes.student, differentiate);
+      });
+    if (dtype == at::kDouble) return l1_in<double>(sizes);
+    // Tensor cores take one of the two half precisions; else the columns are in float.
+    const bool same = student.scalar_type() == teacher.scalar_type();
+    if (same && student.scalar_type() == at::kHalf) return l1_by_tensor_cores<__half>(sizes);
+    if (same && student.scalar_type() == at::kBFloat16) return l1_by_tensor_cores<__nv_bfloat16>(sizes);
+    return l1_in<float>(sizes);
+  };
+  return run(student, teacher, eps, gradient, form());
 }
 
 at::Tensor fast(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& probes,
                 std::string_view norm, double eps, const at::Tensor& gradient) {
   const c10::cuda::CUDAGuard device(student.device());
   const auto columns = probes.to(at::kDouble);
-  return run(student, teacher, eps, gradient,
-             products_form(student, teacher, [&](const at::Tensor& unit, bool differentiate) {
-               return fast_affinity(unit, student.size(1), columns, norm, differentiate);
-             }));
+  const auto products = [&](const at::Tensor& unit, bool differentiate) {
+    return fast_affinity(unit, student.size(1), columns, norm, differentiate);
+  };
+  return run(student, teacher, eps, gradient, by_products(sizes_of(student, teacher), products));
 }
 
 at::Tensor exact_loss(const at::Tensor& student, const at::Tensor& teacher, std::string_view norm,

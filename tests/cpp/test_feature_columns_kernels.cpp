@@ -5,6 +5,7 @@
 #include "feature_columns.cuh"
 #include "feature_maps.h"
 #include "kernel_test.h"
+#include "scaled_columns.cuh"
 
 // The kernels between features and unit columns, against the definitions in double.
 namespace torchqat::cuda::testing {

@@ -137,6 +137,24 @@ __global__ void ballot_kernel(int* out) {
     out[i] = __all_sync(odd, i % 2 == 1) && !__any_sync(odd, i % 2 == 0) && __ballot_sync(odd, 1) == odd;
 }
 
+// A block of a warp and a half.
+__global__ void half_warp_kernel(int* out) {
+  const unsigned mask = threadIdx.x < 32 ? kAllLanes : 0xFFFF;
+  const int next = __shfl_down_sync(mask, static_cast<int>(threadIdx.x), 1, 16);
+  __syncwarp(mask);
+  out[threadIdx.x] = next;
+}
+
+TEST(Emulator, HasBlocksThatAreNoWholeNumberOfWarps) {
+  const auto out = in_every_world([] {
+    Buffer<int> out(48);
+    cudaLaunchConfig_t config{1, 48, 0, nullptr, nullptr, 0};
+    expect_success(cudaLaunchKernelEx(&config, half_warp_kernel, out.data()));
+    return out.contents();
+  });
+  for (int i = 0; i < 48; ++i) EXPECT_EQ(out[i], i % 16 == 15 ? i : i + 1);
+}
+
 TEST(Emulator, VotesAmongTheLanesOfTheMask) {
   const auto out = in_every_world([] { return ints_of(ballot_kernel, kThreads); });
   for (int i = 0; i < kThreads; ++i) {
@@ -491,6 +509,13 @@ __global__ void no_barrier_kernel(int* out) {
   values[threadIdx.x] = static_cast<int>(threadIdx.x);
   out[threadIdx.x] = values[(threadIdx.x + kShift) % kThreads];
 }
+__global__ void warps_out_of_step_kernel(int* out) {
+  __shared__ int values[kThreads];
+  values[threadIdx.x] = static_cast<int>(threadIdx.x);
+  __syncwarp();
+  __syncwarp();
+  out[threadIdx.x] = values[(threadIdx.x + 128) % kThreads];
+}
 __global__ void barrier_before_write_missing_kernel(int* out) {
   __shared__ int value;
   int sum = 0;
@@ -511,7 +536,7 @@ __global__ void scratch_used_twice_kernel(int* out) {
 
 TEST(EmulatorFinds, MissingBarriers) {
   for (const auto kernel : {no_barrier_kernel<1>, no_barrier_kernel<kThreads - 1>, no_barrier_kernel<128>,
-                            barrier_before_write_missing_kernel}) {
+                            warps_out_of_step_kernel, barrier_before_write_missing_kernel}) {
     EXPECT_NONFATAL_FAILURE(in_every_world([&] { return ints_of(kernel, kThreads); }), kWorldsDiffer);
   }
   EXPECT_NONFATAL_FAILURE(in_every_world([] { return ints_of(scratch_used_twice_kernel, 2); }),

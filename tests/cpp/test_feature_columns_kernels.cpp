@@ -52,8 +52,8 @@ TYPED_TEST(FeatureColumns, UnitColumnsInDoubleStacked) {
 // Features times a power of two, to the bit; and a scale that makes the unit column of them.
 template <typename half_t>
 void expect_scaled_columns() {
-  for (const auto& [channels, pixels] :
-       {std::pair(1, 1), std::pair(3, 17), std::pair(32, 32), std::pair(50, 33)}) {
+  for (const auto& size : {std::pair(1, 1), std::pair(3, 17), std::pair(32, 32), std::pair(50, 33)}) {
+    const int64_t channels = size.first, pixels = size.second;
     Map f = random_features<half_t>(2, channels, pixels, 14);
     for (int64_t c = 0; c < channels; ++c) f(1, c, pixels - 1) = 0;
     const int64_t row = round_up(channels, 16), rows = round_up(pixels, 16);

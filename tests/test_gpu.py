@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torchqat import functional as F
+from torchqat.nn import FastFeatureAffinityLoss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -191,3 +192,34 @@ def test_the_second_gpu_is_used_where_the_tensors_are(case):
     actual = case.run(case.on("cuda:1"))
     assert all(t.device.index == 1 for t in actual)
     assert_same([t.cpu() for t in actual], expected)
+
+
+def test_probes_in_a_cuda_graph_are_new_at_each_replay():
+    generator = torch.Generator("cuda").manual_seed(0)
+    fast = FastFeatureAffinityLoss(generator=generator)
+    student, teacher = (torch.randn(2, 4, 5, 5, device="cuda") for _ in range(2))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        fast(student, teacher)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        loss = fast(student, teacher)
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        seen.append(loss.item())
+    assert len(set(seen)) == 3
+
+
+def test_probes_of_a_cpu_generator_are_those_of_the_cpu_and_wait_for_nothing():
+    fast, other = FastFeatureAffinityLoss(), FastFeatureAffinityLoss()
+    fast.draw(9, torch.device("cuda"))  # what is allocated only once
+    other.draw(9, torch.device("cpu"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        probes = [fast.draw(9, torch.device("cuda")) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for v in probes:
+        torch.testing.assert_close(v.cpu(), other.draw(9, torch.device("cpu")), rtol=0, atol=0)

@@ -1,14 +1,13 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <functional>
 
 #include "torchqat/cpu/feature_affinity_kernels.h"
 #include "torchqat/ops/affinity_products.h"
-#include "torchqat/ops/feature_affinity_loss.h"
+#include "torchqat/ops/feature_affinity_device.h"
 
 namespace torchqat {
 namespace {
@@ -154,43 +153,8 @@ at::Tensor fast(const at::Tensor& student, const at::Tensor& teacher, const at::
   });
 }
 
-at::Tensor exact_loss(const at::Tensor& student, const at::Tensor& teacher, std::string_view norm,
-                      std::string_view reduction, double eps) {
-  const auto loss = feature_affinity_loss_meta(student, teacher, norm, reduction, eps);
-  return reduced(exact(student, teacher, norm, eps, {}, loss.scalar_type()), student, reduction,
-                 loss.scalar_type());
-}
-
-std::tuple<at::Tensor, at::Tensor> exact_with_gradient(const at::Tensor& student, const at::Tensor& teacher,
-                                                       std::string_view norm, std::string_view reduction,
-                                                       double eps) {
-  auto [loss, gradient] = feature_affinity_with_gradient_meta(student, teacher, norm, reduction, eps);
-  const auto values = exact(student, teacher, norm, eps, gradient, loss.scalar_type());
-  return {reduced(values, student, reduction, loss.scalar_type()), gradient};
-}
-
-at::Tensor fast_loss(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& probes,
-                     std::string_view norm, std::string_view reduction, double eps) {
-  const auto loss = fast_feature_affinity_loss_meta(student, teacher, probes, norm, reduction, eps);
-  return reduced(fast(student, teacher, probes, norm, eps, {}), student, reduction, loss.scalar_type());
-}
-
-std::tuple<at::Tensor, at::Tensor> fast_with_gradient(const at::Tensor& student, const at::Tensor& teacher,
-                                                      const at::Tensor& probes, std::string_view norm,
-                                                      std::string_view reduction, double eps) {
-  auto [loss, gradient] =
-      fast_feature_affinity_with_gradient_meta(student, teacher, probes, norm, reduction, eps);
-  const auto values = fast(student, teacher, probes, norm, eps, gradient);
-  return {reduced(values, student, reduction, loss.scalar_type()), gradient};
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(qat, CPU, m) {
-  m.impl("feature_affinity_loss", exact_loss);
-  m.impl("_feature_affinity_loss", exact_with_gradient);
-  m.impl("fast_feature_affinity_loss", fast_loss);
-  m.impl("_fast_feature_affinity_loss", fast_with_gradient);
-}
+TORCH_LIBRARY_IMPL(qat, CPU, m) { register_feature_affinity<exact, fast>(m); }
 
 }  // namespace torchqat

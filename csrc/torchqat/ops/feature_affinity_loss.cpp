@@ -235,13 +235,6 @@ std::tuple<at::Tensor, at::Tensor> fast_feature_affinity_with_gradient_meta(
           at::empty_like(student)};
 }
 
-at::Tensor reduced(const at::Tensor& values, const at::Tensor& student, std::string_view reduction,
-                   at::ScalarType dtype) {
-  const auto pixels = static_cast<double>(c10::multiply_integers(student.sizes().slice(2)));
-  const int64_t terms = reduction == "mean" ? std::max<int64_t>(values.numel(), 1) : 1;
-  return values.sum().div_(pixels * pixels * terms).to(dtype);
-}
-
 at::Tensor feature_affinity_loss(const at::Tensor& student, const at::Tensor& teacher, std::string_view norm,
                                  std::string_view reduction, double eps) {
   return exact_op().call(student, teacher, norm, reduction, eps);

@@ -49,11 +49,4 @@ std::tuple<at::Tensor, at::Tensor> fast_feature_affinity_with_gradient_meta(
     const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& probes, std::string_view norm,
     std::string_view reduction, double eps);
 
-// Features as (batch, channels, pixels), in place where their strides allow it.
-inline at::Tensor as_columns(const at::Tensor& features) { return features.flatten(2); }
-
-// The loss from the images' values, (batch) in float64, before the division by pixels^2.
-at::Tensor reduced(const at::Tensor& values, const at::Tensor& student, std::string_view reduction,
-                   at::ScalarType dtype);
-
 }  // namespace torchqat

@@ -1,7 +1,6 @@
 """What stands between the student's features and the teacher's."""
 
 import math
-import warnings
 
 import torch
 from torch import Tensor, nn
@@ -100,9 +99,7 @@ class LazyConnector(nn.modules.lazy.LazyModuleMixin, Connector):
     cls_to_become = Connector
 
     def __init__(self, out_channels: int | None = None, *, relu: bool = False):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that torch's lazy modules are under development
-            super().__init__(1, 1 if out_channels is None else out_channels, relu=relu)
+        super().__init__(1, 1 if out_channels is None else out_channels, relu=relu)
         self.out_channels = out_channels
         self.weight, self.bias = UninitializedParameter(), UninitializedParameter()
 

@@ -80,9 +80,6 @@ class FeatureTaps:
     def __exit__(self, *_exception: object) -> None:
         self.remove()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_calls": None}
-
 
 class _Hook:
     """A forward hook that hands what a module returned to its taps."""

@@ -3,14 +3,13 @@
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <functional>
 
 #include "feature_affinity_loss.cuh"
 #include "torchqat/ops/affinity_products.h"
-#include "torchqat/ops/feature_affinity_loss.h"
+#include "torchqat/ops/feature_affinity_device.h"
 
 namespace torchqat {
 namespace {
@@ -130,12 +129,12 @@ Form l1_by_tensor_cores(const Sizes& sizes) {
     const auto scales = empty({2, images.count(), pixels}, images.student, at::kFloat);
     const auto norms = empty({images.count(), sizes.pixels}, images.student, at::kFloat);
     const auto scaled = [&](const at::Tensor& features, const at::Tensor& to, const at::Tensor& scale,
-                            float* norms) -> cuda::ScaledColumns<const half_t> {
+                            float* lengths) -> cuda::ScaledColumns<const half_t> {
       auto* data = static_cast<half_t*>(to.mutable_data_ptr());
       auto* factor = scale.mutable_data_ptr<float>();
       C10_CUDA_CHECK(cuda::launch_scaled_columns(
           features_of<const half_t>(features), images.count(), eps,
-          cuda::ScaledColumns<half_t>{data, factor, to.size(2), pixels}, norms, current_stream()));
+          cuda::ScaledColumns<half_t>{data, factor, to.size(2), pixels}, lengths, current_stream()));
       return {data, factor, to.size(2), pixels};
     };
     cuda::TensorTiles<half_t> tiles{
@@ -227,43 +226,8 @@ at::Tensor fast(const at::Tensor& student, const at::Tensor& teacher, const at::
   return run(student, teacher, eps, gradient, by_products(sizes_of(student, teacher), products));
 }
 
-at::Tensor exact_loss(const at::Tensor& student, const at::Tensor& teacher, std::string_view norm,
-                      std::string_view reduction, double eps) {
-  const auto loss = feature_affinity_loss_meta(student, teacher, norm, reduction, eps);
-  return reduced(exact(student, teacher, norm, eps, {}, loss.scalar_type()), student, reduction,
-                 loss.scalar_type());
-}
-
-std::tuple<at::Tensor, at::Tensor> exact_with_gradient(const at::Tensor& student, const at::Tensor& teacher,
-                                                       std::string_view norm, std::string_view reduction,
-                                                       double eps) {
-  auto [loss, gradient] = feature_affinity_with_gradient_meta(student, teacher, norm, reduction, eps);
-  const auto values = exact(student, teacher, norm, eps, gradient, loss.scalar_type());
-  return {reduced(values, student, reduction, loss.scalar_type()), gradient};
-}
-
-at::Tensor fast_loss(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& probes,
-                     std::string_view norm, std::string_view reduction, double eps) {
-  const auto loss = fast_feature_affinity_loss_meta(student, teacher, probes, norm, reduction, eps);
-  return reduced(fast(student, teacher, probes, norm, eps, {}), student, reduction, loss.scalar_type());
-}
-
-std::tuple<at::Tensor, at::Tensor> fast_with_gradient(const at::Tensor& student, const at::Tensor& teacher,
-                                                      const at::Tensor& probes, std::string_view norm,
-                                                      std::string_view reduction, double eps) {
-  auto [loss, gradient] =
-      fast_feature_affinity_with_gradient_meta(student, teacher, probes, norm, reduction, eps);
-  const auto values = fast(student, teacher, probes, norm, eps, gradient);
-  return {reduced(values, student, reduction, loss.scalar_type()), gradient};
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(qat, CUDA, m) {
-  m.impl("feature_affinity_loss", exact_loss);
-  m.impl("_feature_affinity_loss", exact_with_gradient);
-  m.impl("fast_feature_affinity_loss", fast_loss);
-  m.impl("_fast_feature_affinity_loss", fast_with_gradient);
-}
+TORCH_LIBRARY_IMPL(qat, CUDA, m) { register_feature_affinity<exact, fast>(m); }
 
 }  // namespace torchqat

@@ -127,6 +127,35 @@ TYPED_TEST(FeatureColumns, BackwardOfGradientsInAnyOrder) {
   }
 }
 
+// Without eps their length is 0 as well.
+TYPED_TEST(FeatureColumns, ColumnsOfZerosStayZerosWithoutEps) {
+  using T = TypeParam;
+  const Map f(1, 3, 5);
+  const auto all = in_every_world([&] {
+    Buffer<T> features(laid_out<T>(f, {15, 5, 1})), grad_features(15);
+    Buffer<Wide<T>> unit(15), norms(5), grads(std::vector<Wide<T>>(15, 1));
+    const auto from = features_at<const T>(features.data(), f, {15, 5, 1});
+    expect_success(
+        launch_unit_columns(from, 1, 0, UnitColumns<Wide<T>>{unit.data(), 3, 5, 15}, norms.data(), nullptr));
+    expect_success(launch_unit_columns_backward(features_at<const Wide<T>>(grads.data(), f, {15, 5, 1}), from,
+                                                1, norms.data(), 0, 1,
+                                                features_at(grad_features.data(), f, {15, 5, 1}), nullptr));
+    std::vector<double> out;
+    for (const auto& v : unit.contents()) out.push_back(v);
+    for (const auto& v : grad_features.contents()) out.push_back(static_cast<Wide<T>>(v));
+    if constexpr (kHalf<T>) {
+      Buffer<T> scaled(16 * 16);
+      Buffer<float> scales(16);
+      expect_success(launch_scaled_columns(from, 1, 0, ScaledColumns<T>{scaled.data(), scales.data(), 16, 16},
+                                           nullptr, nullptr));
+      for (const auto& v : scaled.contents()) out.push_back(static_cast<float>(v));
+      for (const float v : scales.contents()) out.push_back(v);
+    }
+    return out;
+  });
+  EXPECT_EQ(all, Doubles(all.size(), 0));
+}
+
 // Features that are more than 2^31 elements apart, along each dimension in turn.
 TEST(FeatureColumnsBig, OffsetsHave64Bits) {
   using T = __nv_bfloat16;

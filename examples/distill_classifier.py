@@ -40,7 +40,7 @@ import torch
 import torchqat
 from distill_options import ARMS, parse_arguments, settings_of
 from matplotlib import pyplot as plt
-from matplotlib.ticker import LogFormatter, MaxNLocator, ScalarFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from torch import Tensor, nn
 from torchqat.distill import Distiller, FAQDLoss, LazyConnector
 from torchqat.nn import FastFeatureAffinityLoss
@@ -234,7 +234,7 @@ def draw(path: Path, rows: dict[str, dict], results: dict[str, list[dict]]) -> N
     right.invert_yaxis()
     left.set(xlabel="epoch", yscale="log", title="Test error by epoch (%), mean and range of the seeds")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.yaxis.set_major_formatter(ScalarFormatter())
+    left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     right.set(xlabel="test accuracy (%)", title="After the last epoch, each seed (bar: mean)")
     for axes in (left, right):

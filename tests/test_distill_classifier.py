@@ -12,6 +12,7 @@ import pytest
 import torch
 from example_programs import EXAMPLES, files_in, imported, one_line_of, run_main
 from torchqat.nn import StaircaseReLU
+from torchqat.optim import BCGD
 
 for needed in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(needed)
@@ -110,7 +111,14 @@ def test_arms_are_what_they_say_and_start_alike(distill, example, tmp_path, monk
             seen[self] = {"weights": weights, "batches": []}
             return super().build(images)
 
+    optimized = []
+
+    def bcgd(groups, *arguments, **options):
+        optimized.append(next(group["params"] for group in groups if group["name"] == "connectors"))
+        return BCGD(groups, *arguments, **options)
+
     monkeypatch.setattr(example, "Distiller", Spy)
+    monkeypatch.setattr(example, "BCGD", bcgd)
     words = ("--no-plots", "--connector", "relu", "--kd", "mse", "--lambda-fa", "7", "--out", tmp_path)
     assert distill(*words, "--weight-bits", "2", "--act-bits", "3")[0] == 0
     arms = dict(zip(("labels", "kd", "kd+fa", "kd+ffa", "kd+fa-unlabelled"), seen, strict=True))
@@ -124,6 +132,8 @@ def test_arms_are_what_they_say_and_start_alike(distill, example, tmp_path, monk
     }
     kinds = [type(d.loss.fa).__name__ for name, d in arms.items() if d.loss.lambda_fa]
     assert kinds == ["FeatureAffinityLoss", "FastFeatureAffinityLoss", "FeatureAffinityLoss"]
+    trained = [[id(p) for p in model.connectors.parameters()] for model in arms.values()]
+    assert trained == [[id(p) for p in group] for group in optimized] and len(trained[-1]) == 2
     first = seen[arms["labels"]]
     for name, model in arms.items():
         assert model.loss.kd == "mse" and len(model.connectors) == ("fa" in name)

@@ -313,8 +313,9 @@ def test_recipes_are_complete_and_the_demo_is_one(example, monkeypatch):
     options = sys.modules["distill_options"]
     assert list(options.RECIPES) == list(example.data.DATASETS)
     assert len({tuple(sorted(recipe)) for recipe in options.RECIPES.values()}) == 1
-    makefile = (EXAMPLES.parent / "Makefile").read_text()
+    makefile = (EXAMPLES.parent / "Makefile").read_text().replace("\\\n", " ")
     words = re.search(r"DISTILL_DEMO := examples/distill_classifier.py (.*)", makefile)[1].split()
     monkeypatch.setattr(sys, "argv", ["distill_classifier.py", *words])
     args = example.parse_arguments("")
     assert args.dataset == "digits" and args.overwrite and len(args.seeds) > 1
+    assert args.labelled == args.teacher_labelled == 100  # as the README says

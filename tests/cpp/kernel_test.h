@@ -33,7 +33,7 @@ inline const std::vector<int64_t> kSizes = {1, 7, 8, 9, 31, 32, 33, 255, 256, 25
 // A kernel was started; EXPECT_EQ would not say why not.
 inline void expect_success(cudaError_t error) { EXPECT_STREQ(cudaGetErrorString(error), "no error"); }
 
-// Device memory of exactly n elements that begins `shift` elements after a 16-byte boundary. It holds what
+// Device memory of exactly n elements that begins `shift` elements after a 32-byte boundary. It holds what
 // the world's poison makes of it until somebody writes; reads past its end are AddressSanitizer's to find,
 // writes before its beginning `contents` finds.
 template <typename T>
@@ -62,7 +62,7 @@ class Buffer {
   }
 
  private:
-  static constexpr std::align_val_t kAlign{16};
+  static constexpr std::align_val_t kAlign{32};
   struct Free {
     void operator()(uint8_t* bytes) const { operator delete[](bytes, kAlign); }
   };

@@ -1,4 +1,5 @@
 #include <gtest/gtest-spi.h>
+#include <mma.h>
 
 #include <bit>
 #include <numeric>
@@ -136,6 +137,24 @@ __global__ void ballot_kernel(int* out) {
     out[i] = __all_sync(odd, i % 2 == 1) && !__any_sync(odd, i % 2 == 0) && __ballot_sync(odd, 1) == odd;
 }
 
+// A block of a warp and a half.
+__global__ void half_warp_kernel(int* out) {
+  const unsigned mask = threadIdx.x < 32 ? kAllLanes : 0xFFFF;
+  const int next = __shfl_down_sync(mask, static_cast<int>(threadIdx.x), 1, 16);
+  __syncwarp(mask);
+  out[threadIdx.x] = next;
+}
+
+TEST(Emulator, HasBlocksThatAreNoWholeNumberOfWarps) {
+  const auto out = in_every_world([] {
+    Buffer<int> out(48);
+    cudaLaunchConfig_t config{1, 48, 0, nullptr, nullptr, 0};
+    expect_success(cudaLaunchKernelEx(&config, half_warp_kernel, out.data()));
+    return out.contents();
+  });
+  for (int i = 0; i < 48; ++i) EXPECT_EQ(out[i], i % 16 == 15 ? i : i + 1);
+}
+
 TEST(Emulator, VotesAmongTheLanesOfTheMask) {
   const auto out = in_every_world([] { return ints_of(ballot_kernel, kThreads); });
   for (int i = 0; i < kThreads; ++i) {
@@ -213,6 +232,72 @@ constexpr bool kHasAtomicAdd = requires(T* p) {
 };
 static_assert(kHasAtomicAdd<unsigned long long> && !kHasAtomicAdd<float> && !kHasAtomicAdd<double>,
               "a sum of floats must not depend on the order of threads");
+
+namespace wmma = nvcuda::wmma;
+template <typename T, typename Layout>
+using Left = wmma::fragment<wmma::matrix_a, 16, 16, 16, T, Layout>;
+template <typename T, typename Layout>
+using Right = wmma::fragment<wmma::matrix_b, 16, 16, 16, T, Layout>;
+using Sum = wmma::fragment<wmma::accumulator, 16, 16, 16, float>;
+
+// A block of one warp: out = a b + out, for matrices of 16 x 16.
+template <typename T, typename LayoutA, typename LayoutB>
+__global__ void multiply_kernel(const T* a, const T* b, float* out, unsigned lda, unsigned ldb,
+                                wmma::layout_t layout) {
+  Left<T, LayoutA> left;
+  Right<T, LayoutB> right;
+  Sum sum, zero;
+  wmma::load_matrix_sync(left, a, lda);
+  wmma::load_matrix_sync(right, b, ldb);
+  wmma::load_matrix_sync(sum, out, 20, layout);
+  wmma::fill_fragment(zero, 0.0F);
+  wmma::mma_sync(zero, left, right, zero);
+  for (int i = 0; i < sum.num_elements; ++i) sum.x[i] += zero.x[i];
+  wmma::store_matrix_sync(out, sum, 20, layout);
+}
+
+template <typename Kernel, typename... Args>
+cudaError_t launch_warp(Kernel kernel, Args... args) {
+  cudaLaunchConfig_t config{1, 32, 0, nullptr, nullptr, 0};
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+template <typename T, typename LayoutA, typename LayoutB>
+void expect_product(wmma::layout_t layout) {
+  constexpr int kLda = 24, kLdb = 16, kLdc = 20;
+  std::vector<T> a(15 * kLda + 16), b(15 * kLdb + 16);
+  std::vector<float> c(15 * kLdc + 16);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = static_cast<T>(static_cast<float>(i * 7 % 13) - 6);
+  for (size_t i = 0; i < b.size(); ++i) b[i] = static_cast<T>(static_cast<float>(i * 5 % 11) - 5);
+  for (size_t i = 0; i < c.size(); ++i) c[i] = static_cast<float>(i * 3 % 17);
+  const auto out = in_every_world([&] {
+    Buffer<T> left(a), right(b);
+    Buffer<float> out(c);
+    expect_success(launch_warp(multiply_kernel<T, LayoutA, LayoutB>, left.data(), right.data(), out.data(),
+                               kLda, kLdb, layout));
+    return out.contents();
+  });
+  const auto at = [](int row, int column, int ld, bool by_rows) {
+    return by_rows ? row * ld + column : column * ld + row;
+  };
+  constexpr bool kRowsA = std::is_same_v<LayoutA, wmma::row_major>;
+  constexpr bool kRowsB = std::is_same_v<LayoutB, wmma::row_major>;
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) {
+      float& sum = c[at(i, j, kLdc, layout == wmma::mem_row_major)];
+      for (int k = 0; k < 16; ++k)
+        sum += static_cast<float>(a[at(i, k, kLda, kRowsA)]) * static_cast<float>(b[at(k, j, kLdb, kRowsB)]);
+    }
+  }
+  EXPECT_EQ(out, c) << "and what lies between the rows is as it was";
+}
+
+TEST(Emulator, MultipliesFragments) {
+  expect_product<__half, wmma::row_major, wmma::col_major>(wmma::mem_row_major);
+  expect_product<__half, wmma::row_major, wmma::row_major>(wmma::mem_col_major);
+  expect_product<__nv_bfloat16, wmma::col_major, wmma::row_major>(wmma::mem_row_major);
+  expect_product<__nv_bfloat16, wmma::col_major, wmma::col_major>(wmma::mem_col_major);
+}
 
 TEST(Emulator, CountsBits) {
   EXPECT_EQ(__clz(1), 31);
@@ -330,11 +415,106 @@ TEST(EmulatorFinds, GridsThatAreTooSmall) {
   EXPECT_EQ(cudaLaunchKernelEx(&config, no_guard_kernel, out.data()), cudaErrorInvalidConfiguration);
 }
 
+// Kernels of one warp with a mistake around fragments; out has 16 x 16 floats.
+__global__ void lane_without_fragment_kernel(float* out) {
+  Sum sum;
+  wmma::fill_fragment(sum, 1.0F);
+  if (threadIdx.x == 31) return;
+  wmma::store_matrix_sync(out, sum, 16, wmma::mem_row_major);
+}
+__global__ void lanes_of_one_half_kernel(float* out) {
+  Sum sum;
+  wmma::fill_fragment(sum, 1.0F);
+  if (threadIdx.x < 16) wmma::store_matrix_sync(out, sum, 16, wmma::mem_row_major);
+}
+__global__ void two_matrices_kernel(float* out) {
+  Sum sum;
+  wmma::load_matrix_sync(sum, out + threadIdx.x / 16 * 8, 16, wmma::mem_row_major);
+}
+__global__ void misaligned_fragment_kernel(float* out) {
+  Sum sum;
+  wmma::load_matrix_sync(sum, out + 4, 16, wmma::mem_row_major);
+}
+__global__ void odd_rows_kernel(float* out) {
+  Sum sum;
+  wmma::load_matrix_sync(sum, out, 18, wmma::mem_row_major);
+}
+__global__ void odd_half_rows_kernel(float* out) {
+  Left<__half, wmma::row_major> left;
+  wmma::load_matrix_sync(left, reinterpret_cast<__half*>(out), 20);
+}
+
+std::string error_of_fragments(void (*kernel)(float*)) {
+  Buffer<float> out(16 * 16);
+  try {
+    expect_success(launch_warp(kernel, out.data()));
+  } catch (const emu::Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+TEST(EmulatorFinds, FragmentsWithoutTheirLanes) {
+  EXPECT_SAYS(error_of_fragments(lane_without_fragment_kernel), "names a lane that is not there");
+  EXPECT_SAYS(error_of_fragments(lanes_of_one_half_kernel), "16 threads wait for their warp");
+  EXPECT_SAYS(error_of_fragments(two_matrices_kernel), "lanes give different matrices");
+}
+
+TEST(EmulatorFinds, FragmentsOfMisalignedMatrices) {
+  EXPECT_SAYS(error_of_fragments(misaligned_fragment_kernel), "not aligned to 256 bits");
+  EXPECT_SAYS(error_of_fragments(odd_rows_kernel), "no multiple of 4");
+  EXPECT_SAYS(error_of_fragments(odd_half_rows_kernel), "no multiple of 8");
+}
+
+__global__ void rows_too_long_kernel(float* out) {
+  Sum sum;
+  wmma::load_matrix_sync(sum, out, 20, wmma::mem_row_major);
+}
+__global__ void knows_the_layout_kernel(float* out) {
+  Sum sum;
+  wmma::fill_fragment(sum, 1.0F);
+  for (int i = 0; i < sum.num_elements; ++i) sum.x[i] *= static_cast<float>(threadIdx.x / 4);
+  wmma::store_matrix_sync(out, sum, 16, wmma::mem_row_major);
+}
+__global__ void unset_fragment_kernel(float* out) {
+  Sum sum;
+  wmma::store_matrix_sync(out, sum, 16, wmma::mem_row_major);
+}
+struct SharedTile {
+  alignas(32) float at[16][16];
+};
+__global__ void reads_before_the_warp_kernel(float* out) {
+  __shared__ SharedTile tile;
+  Sum sum;
+  wmma::fill_fragment(sum, 3.0F);
+  wmma::store_matrix_sync(&tile.at[0][0], sum, 16, wmma::mem_row_major);
+  for (int i = 0; i < 8; ++i) out[threadIdx.x * 8 + i] = tile.at[threadIdx.x / 2][threadIdx.x % 2 * 8 + i];
+}
+
+TEST(EmulatorFinds, WhatFragmentsDoNotPromise) {
+  EXPECT_DEATH(error_of_fragments(rows_too_long_kernel), "heap-buffer-overflow");
+  for (const auto kernel : {knows_the_layout_kernel, unset_fragment_kernel, reads_before_the_warp_kernel}) {
+    const auto run = [&] {
+      Buffer<float> out(16 * 16);
+      expect_success(launch_warp(kernel, out.data()));
+      return out.contents();
+    };
+    EXPECT_NONFATAL_FAILURE(in_every_world(run), kWorldsDiffer);
+  }
+}
+
 template <int kShift>
 __global__ void no_barrier_kernel(int* out) {
   __shared__ int values[kThreads];
   values[threadIdx.x] = static_cast<int>(threadIdx.x);
   out[threadIdx.x] = values[(threadIdx.x + kShift) % kThreads];
+}
+__global__ void warps_out_of_step_kernel(int* out) {
+  __shared__ int values[kThreads];
+  values[threadIdx.x] = static_cast<int>(threadIdx.x);
+  __syncwarp();
+  __syncwarp();
+  out[threadIdx.x] = values[(threadIdx.x + 128) % kThreads];
 }
 __global__ void barrier_before_write_missing_kernel(int* out) {
   __shared__ int value;
@@ -356,7 +536,7 @@ __global__ void scratch_used_twice_kernel(int* out) {
 
 TEST(EmulatorFinds, MissingBarriers) {
   for (const auto kernel : {no_barrier_kernel<1>, no_barrier_kernel<kThreads - 1>, no_barrier_kernel<128>,
-                            barrier_before_write_missing_kernel}) {
+                            warps_out_of_step_kernel, barrier_before_write_missing_kernel}) {
     EXPECT_NONFATAL_FAILURE(in_every_world([&] { return ints_of(kernel, kThreads); }), kWorldsDiffer);
   }
   EXPECT_NONFATAL_FAILURE(in_every_world([] { return ints_of(scratch_used_twice_kernel, 2); }),

@@ -9,6 +9,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <span>
 #include <sstream>
 
 #include "cuda_runtime.h"
@@ -90,14 +91,15 @@ void run_thread(void*) {
   }
 }
 
-// Opens a barrier at which every thread of the block waits. Threads that have returned do not count as
-// arrived.
-void open_barrier() {
+// Opens a barrier at which every thread of the block waits; false where they do not. Threads that have
+// returned do not count as arrived.
+bool open_barrier() {
   for (const auto& thread : threads) {
-    if (thread->fiber.finished() || thread->state != State::at_barrier) return;
-    if (!same(thread->site, threads[0]->site)) return;
+    if (thread->fiber.finished() || thread->state != State::at_barrier) return false;
+    if (!same(thread->site, threads[0]->site)) return false;
   }
   for (const auto& thread : threads) thread->state = State::ready;
+  return true;
 }
 
 Thread* lane_of(const Thread* thread, unsigned lane) {
@@ -118,6 +120,13 @@ void complete_warp_call() {
     if (other->state != State::at_warp_call || !same(other->call.site, mine.site)) return;
     if (other->call.mask != mine.mask) fail("lanes of one warp call give different masks", mine.site);
     ballot |= uint64_t{other->call.value != 0} << lane;
+  }
+  if (mine.kind == WarpCall::Kind::together) {
+    void* of_lanes[kWarpSize] = {};
+    for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+      if (mine.mask >> lane & 1) of_lanes[lane] = lane_of(running, lane)->call.own;
+    }
+    (*mine.work)(of_lanes);
   }
   for (unsigned lane = 0; lane < kWarpSize; ++lane) {
     if (!(mine.mask >> lane & 1)) continue;
@@ -146,8 +155,8 @@ void complete_warp_call() {
   throw Error(out.str());
 }
 
-// Lets each thread that can move do so; false when none could.
-bool pass(const std::vector<unsigned>& order) {
+// Lets each of these threads that can move do so; false when none could.
+bool pass(std::span<const unsigned> order) {
   bool moved = false;
   for (const unsigned i : order) {
     Thread& thread = *threads[i];
@@ -161,6 +170,19 @@ bool pass(const std::vector<unsigned>& order) {
   return moved;
 }
 
+// All threads go on until they wait for the block. Warps keep step with each other where the order is
+// shuffled; else each comes as far as it can before the next one begins.
+void run_to_barrier(std::span<const unsigned> order) {
+  const size_t together = world.order == Order::shuffled ? order.size() : kWarpSize;
+  bool moved = true;
+  while (moved) {  // once more where a block is no whole number of warps
+    moved = false;
+    for (size_t begin = 0; begin < order.size(); begin += together) {
+      while (pass(order.subspan(begin, std::min(together, order.size() - begin)))) moved = true;
+    }
+  }
+}
+
 void run_block(size_t dynamic_shared_size, unsigned seed) {
   poison_shared(dynamic_shared_size);
   for (const auto& thread : threads) {
@@ -168,7 +190,9 @@ void run_block(size_t dynamic_shared_size, unsigned seed) {
     thread->fiber.start(run_thread, nullptr);
   }
   const auto order = order_of(static_cast<unsigned>(threads.size()), seed);
-  while (pass(order)) open_barrier();
+  do {
+    run_to_barrier(order);
+  } while (open_barrier());
   for (const auto& thread : threads) {
     if (!thread->fiber.finished()) fail_divergent();
   }

@@ -56,13 +56,16 @@ void block_barrier(Site site);
 
 // What the lanes named in `mask` do together: each brings a value, and gets `result`.
 struct WarpCall {
-  enum class Kind { sync, shuffle, ballot };
+  enum class Kind { sync, shuffle, ballot, together };
   Kind kind;
   Site site;
   unsigned mask;
   uint64_t value = 0;
   unsigned source = 0;  // shuffle: the lane whose value is the result
   uint64_t result = 0;
+  // together: what is done once, when all lanes are there, with a pointer that each of them brings.
+  const std::function<void(void* const* of_lanes)>* work = nullptr;
+  void* own = nullptr;
 };
 uint64_t warp_call(const WarpCall& call);
 

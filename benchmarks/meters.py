@@ -40,8 +40,9 @@ class ColdEvents:
 
 def keep_freed_memory():
     """Puts the C library's heap into the state that it has in a program that has trained for a while: what is
-    freed is kept, but for blocks above 32 MiB, which are new pages from the kernel each time. Else an accident
-    of sizes decides which smaller results get new pages, and that takes longer than to fill them."""
+    freed is kept, but for blocks above 32 MiB, which are new pages from the kernel each time. Else the
+    accident of sizes decides which smaller results get new pages, and that takes longer than to fill them.
+    """
     trim_threshold, mmap_threshold = -1, -3
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -5,7 +5,8 @@ SHELL := /bin/bash
 
 PYTHON_IN_VENV := .venv/bin/python
 DEMO := examples/train_classifier.py --dataset digits --weight-bits 1 --act-bits 2 --out runs/demo --overwrite
-DISTILL_DEMO := examples/distill_classifier.py --dataset digits --labelled 100 --seeds 0 1 2 --threads 1 --out runs/distill-demo --overwrite
+DISTILL_DEMO := examples/distill_classifier.py --dataset digits --labelled 100 --teacher-labelled 100 --seeds 0 1 2 \
+  --threads 1 --out runs/distill-demo --overwrite
 
 help:  ## say what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20

@@ -39,15 +39,17 @@ class ColdEvents:
 
 
 def keep_freed_memory():
-    """Makes the C library keep what is freed, as the heap of a training program comes to do. Else an accident
-    of sizes decides which results get new pages from the kernel, and that takes longer than to fill them."""
-    trim_threshold, mmap_max = -1, -4
+    """Puts the C library's heap into the state that it has in a program that has trained for a while: what is
+    freed is kept, but for blocks above 32 MiB, which are new pages from the kernel each time. Else the
+    accident of sizes decides which smaller results get new pages, and that takes longer than to fill them.
+    """
+    trim_threshold, mmap_threshold = -1, -3
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # another C library
         return
     mallopt(trim_threshold, 2**31 - 1)
-    mallopt(mmap_max, 0)
+    mallopt(mmap_threshold, 2**25)  # where glibc's own rule ends, which raises it as blocks are freed
 
 
 def footprint(call, elements, saves, device):

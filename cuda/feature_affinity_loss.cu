@@ -154,8 +154,8 @@ Form l1_by_tensor_cores(const Sizes& sizes) {
 
 using Products = std::function<Affinity(const at::Tensor& unit, bool differentiate)>;
 
-// By matrix products of unit columns in float64.
-Form by_products(const Sizes& sizes, const Products& products) {
+// By matrix products of unit columns in float64, which make `scratch` numbers of their own for an image.
+Form by_products(const Sizes& sizes, int64_t scratch, const Products& products) {
   const auto run = [=](const Images& images, double eps) {
     const int64_t channels = sizes.student + sizes.teacher;
     const auto unit = empty({images.count(), channels, sizes.pixels}, images.student, at::kDouble);
@@ -169,11 +169,11 @@ Form by_products(const Sizes& sizes, const Products& products) {
       fill_gradient<double>(images, features_of<const double>(affinity.gradient),
                             norms.const_data_ptr<double>(), eps, 1);
   };
-  return {run, 8 * sizes.pixels * (2 * sizes.student + sizes.teacher + 1)};
+  return {run, 8 * (sizes.pixels * (2 * sizes.student + sizes.teacher + 1) + scratch)};
 }
 
 // The values of all images, and the gradient in the student's features where `gradient` is defined. So many
-// images are taken together that there is no more extra memory than twice that of the features.
+// images are taken together that all this, with the gradient, needs no more memory than twice the features.
 at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, double eps, const at::Tensor& gradient,
                const Form& form) {
   const c10::cuda::CUDAGuard device(student.device());
@@ -182,9 +182,8 @@ at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, double eps,
   const auto grad = gradient.defined() ? as_columns(gradient) : gradient;
   const Images all{as_columns(student), as_columns(teacher), empty({student.size(0)}, student, at::kDouble),
                    grad};
-  const auto bytes = static_cast<int64_t>(student.numel() * student.element_size() +
-                                          teacher.numel() * teacher.element_size());
-  const int64_t together = std::max<int64_t>(1, 2 * bytes / form.bytes_per_image);
+  const auto bytes = static_cast<int64_t>(student.nbytes() + 2 * teacher.nbytes());
+  const int64_t together = std::max<int64_t>(1, bytes / form.bytes_per_image);
   for (int64_t first = 0; first < all.count(); first += together) {
     const int64_t images = std::min(together, all.count() - first);
     const auto part = [&](const at::Tensor& t) { return t.defined() ? t.narrow(0, first, images) : t; };
@@ -202,10 +201,14 @@ at::Tensor exact(const at::Tensor& student, const at::Tensor& teacher, std::stri
                  const at::Tensor& gradient, at::ScalarType dtype) {
   const Sizes sizes = sizes_of(student, teacher);
   const auto form = [&] {
-    if (norm == "fro")
-      return by_products(sizes, [=](const at::Tensor& unit, bool differentiate) {
+    if (norm == "fro") {
+      const int64_t channels = sizes.student + sizes.teacher;
+      const int64_t scratch =
+          std::min(sizes.pixels * sizes.pixels, channels * channels);  // S, or Gram matrices
+      return by_products(sizes, scratch, [=](const at::Tensor& unit, bool differentiate) {
         return frobenius_affinity(unit, sizes.student, differentiate);
       });
+    }
     if (dtype == at::kDouble) return l1_in<double>(sizes);
     // Tensor cores take one of the two half precisions; else the columns are in float.
     const bool same = student.scalar_type() == teacher.scalar_type();
@@ -223,7 +226,9 @@ at::Tensor fast(const at::Tensor& student, const at::Tensor& teacher, const at::
   const auto products = [&](const at::Tensor& unit, bool differentiate) {
     return fast_affinity(unit, student.size(1), columns, norm, differentiate);
   };
-  return run(student, teacher, eps, gradient, by_products(sizes_of(student, teacher), products));
+  const Sizes sizes = sizes_of(student, teacher);
+  const int64_t scratch = probes.size(1) * (2 * sizes.pixels + 2 * sizes.student + sizes.teacher);
+  return run(student, teacher, eps, gradient, by_products(sizes, scratch, products));
 }
 
 }  // namespace

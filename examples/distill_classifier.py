@@ -2,7 +2,7 @@
 
     python examples/distill_classifier.py                                       # digits, one seed
     python examples/distill_classifier.py --dataset fashion-mnist --seeds 0 1 2 # the table of the README
-    python examples/distill_classifier.py --dataset fashion-mnist --labelled 6000
+    python examples/distill_classifier.py --dataset fashion-mnist --labelled 6000 --teacher-labelled 6000
     python examples/distill_classifier.py --dataset mnist --subset 2000 --epochs 2 --arms labels kd
 
 The teacher, a float network, is trained once for each seed. Each arm then trains the same student, of the
@@ -14,8 +14,8 @@ same first weights and with the same batches, with another loss:
     kd+ffa             the same, feature affinity by random probes
     kd+fa-unlabelled   as kd+fa, from images alone: what hands out the batches has no labels
 
-With --labelled N the arms that read labels see N training images only, in as many steps; the one without
-labels sees all of them, and the teacher has been trained on all.
+With --labelled N the arms that read labels see N training images only, in as many steps, and the one without
+labels sees all of them. The teacher has been trained on all, or with --teacher-labelled N on N of them.
 
 Finished arms are kept in --out, with a checkpoint per epoch of the one in work: after Ctrl-C the same command
 with --resume goes on, to the same numbers; it can name other --arms and --seeds. The table, the plot and the
@@ -40,7 +40,7 @@ import torch
 import torchqat
 from distill_options import ARMS, parse_arguments, settings_of
 from matplotlib import pyplot as plt
-from matplotlib.ticker import LogFormatter, MaxNLocator, ScalarFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from torch import Tensor, nn
 from torchqat.distill import Distiller, FAQDLoss, LazyConnector
 from torchqat.nn import FastFeatureAffinityLoss
@@ -91,8 +91,10 @@ class Network(table.Network):
 
     def __init__(self, args: argparse.Namespace, seed: int, dataset: data.Data, name: str):
         self.arm = ARMS.get(name)
-        if self.arm:
-            dataset = dataset.labelled(args.labelled) if self.arm.labels else dataset.unlabelled()
+        if self.arm and not self.arm.labels:
+            dataset = dataset.unlabelled()
+        else:
+            dataset = dataset.labelled(args.labelled if self.arm else args.teacher_labelled)
         self.terms: dict[str, list[Tensor]] = {}
         super().__init__(args, settings_of(args, name), seed, dataset, name)
 
@@ -234,7 +236,7 @@ def draw(path: Path, rows: dict[str, dict], results: dict[str, list[dict]]) -> N
     right.invert_yaxis()
     left.set(xlabel="epoch", yscale="log", title="Test error by epoch (%), mean and range of the seeds")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.yaxis.set_major_formatter(ScalarFormatter())
+    left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     right.set(xlabel="test accuracy (%)", title="After the last epoch, each seed (bar: mean)")
     for axes in (left, right):

@@ -49,7 +49,7 @@ RECIPES = {
     },
 }
 FLOAT_SETTINGS = (
-    *("dataset", "subset", "teacher_model", "teacher_width", "shift", "mirror"),
+    *("dataset", "subset", "teacher_labelled", "teacher_model", "teacher_width", "shift", "mirror"),
     *("float_epochs", "float_lr", "batch_size", "momentum", "weight_decay"),
 )
 
@@ -80,8 +80,9 @@ def parse_arguments(description: str) -> argparse.Namespace:
     options.add_data(task)
     which = f"what to train: {', '.join(ARMS)} (default: all)"
     task.add_argument("--arms", choices=ARMS, nargs="+", default=argparse.SUPPRESS, help=which, metavar="ARM")
-    some = "labels of so many training images only (default: of all)"
-    task.add_argument("--labelled", type=number(int, 2), default=argparse.SUPPRESS, help=some, metavar="N")
+    for option, whom in (("--labelled", "the students"), ("--teacher-labelled", "the teacher")):
+        some = f"labels of so many training images for {whom} (default: of all)"
+        task.add_argument(option, type=number(int, 2), default=argparse.SUPPRESS, help=some, metavar="N")
     _add_networks(parser.add_argument_group("networks"))
     _add_loss(parser.add_argument_group("loss"))
     training = parser.add_argument_group("training")
@@ -100,8 +101,8 @@ def parse_arguments(description: str) -> argparse.Namespace:
     options.add_run(parser.add_argument_group("run"), Path("runs/distill"), free)
     parser.set_defaults(**COMMON)
     args = parser.parse_args()
-    optional = {"arms": list(ARMS), "labelled": None, "taps": None, "data_dir": None, "subset": None}
-    for key, value in {**optional, **RECIPES[args.dataset]}.items():
+    absent = dict.fromkeys(("labelled", "teacher_labelled", "taps", "data_dir", "subset"))
+    for key, value in {"arms": list(ARMS), **absent, **RECIPES[args.dataset]}.items():
         vars(args).setdefault(key, value)
     args.rows, args.kept = args.arms, "*/*"
     args.settings = {

@@ -12,6 +12,7 @@ import pytest
 import torch
 from example_programs import EXAMPLES, files_in, imported, one_line_of, run_main
 from torchqat.nn import StaircaseReLU
+from torchqat.optim import BCGD
 
 for needed in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(needed)
@@ -110,7 +111,14 @@ def test_arms_are_what_they_say_and_start_alike(distill, example, tmp_path, monk
             seen[self] = {"weights": weights, "batches": []}
             return super().build(images)
 
+    optimized = []
+
+    def bcgd(groups, *arguments, **options):
+        optimized.append(next(group["params"] for group in groups if group["name"] == "connectors"))
+        return BCGD(groups, *arguments, **options)
+
     monkeypatch.setattr(example, "Distiller", Spy)
+    monkeypatch.setattr(example, "BCGD", bcgd)
     words = ("--no-plots", "--connector", "relu", "--kd", "mse", "--lambda-fa", "7", "--out", tmp_path)
     assert distill(*words, "--weight-bits", "2", "--act-bits", "3")[0] == 0
     arms = dict(zip(("labels", "kd", "kd+fa", "kd+ffa", "kd+fa-unlabelled"), seen, strict=True))
@@ -124,13 +132,19 @@ def test_arms_are_what_they_say_and_start_alike(distill, example, tmp_path, monk
     }
     kinds = [type(d.loss.fa).__name__ for name, d in arms.items() if d.loss.lambda_fa]
     assert kinds == ["FeatureAffinityLoss", "FastFeatureAffinityLoss", "FeatureAffinityLoss"]
-    first = seen[arms["labels"]]
+    trained = [[id(p) for p in model.connectors.parameters()] for model in arms.values()]
+    assert trained == [[id(p) for p in group] for group in optimized] and len(trained[-1]) == 2
+    first, data = seen[arms["labels"]], example.data.load("digits", None).subset(60)
     for name, model in arms.items():
         assert model.loss.kd == "mse" and len(model.connectors) == ("fa" in name)
         assert all(connector.relu and connector.weight.unique().numel() > 3 for connector in model.connectors)
         assert model.teacher is not model.student and not model.teacher.training
         assert [m.bits for m in model.student.modules() if isinstance(m, StaircaseReLU)] == 4 * [3]
         assert model.student[0].weight.unique().numel() == 3
+        scores = example.models.class_scores(model.student, data.normalized(data.test_images, "cpu"))
+        result = json.loads((tmp_path / "seed-0" / name / "metrics.json").read_text())
+        hits = (scores.argmax(1) == data.test_labels).double()
+        assert result["accuracy"] == pytest.approx(100 * hits.mean().item())
         for a, b in zip(first["weights"], seen[model]["weights"], strict=True):
             assert torch.equal(a, b)
         for (a, y), (b, z) in zip(first["batches"], seen[model]["batches"], strict=True):
@@ -184,17 +198,17 @@ def test_few_labels_make_no_shorter_epochs(example):
 
 
 def test_labelled_is_for_the_arms_that_read_labels(distill, example, tmp_path, monkeypatch):
-    seen = {}
+    seen = []
     batches = example.data.Data.batches
 
     def spied(self, *arguments):
-        seen[self.labels is None] = len(self.images), self.epoch_size
+        seen.append((self.labels is not None, len(self.images), self.epoch_size))
         return batches(self, *arguments)
 
     monkeypatch.setattr(example.data.Data, "batches", spied)
-    words = ("--labelled", 20, "--arms", "kd", "kd+fa-unlabelled", "--no-plots", "--out", tmp_path)
-    assert distill(*words)[0] == 0
-    assert seen == {False: (20, 60), True: (60, None)}
+    words = ("--labelled", 20, "--teacher-labelled", 30, "--arms", "kd", "kd+fa-unlabelled")
+    assert distill(*words, "--no-plots", "--out", tmp_path)[0] == 0
+    assert seen == [(True, 30, 60)] + 3 * [(True, 20, 60)] + 3 * [(False, 60, None)]
 
 
 @pytest.mark.parametrize("name", ["lenet5", "vgg11", "resnet20", "cnn4", "cnn4-fine"])
@@ -299,8 +313,9 @@ def test_recipes_are_complete_and_the_demo_is_one(example, monkeypatch):
     options = sys.modules["distill_options"]
     assert list(options.RECIPES) == list(example.data.DATASETS)
     assert len({tuple(sorted(recipe)) for recipe in options.RECIPES.values()}) == 1
-    makefile = (EXAMPLES.parent / "Makefile").read_text()
+    makefile = (EXAMPLES.parent / "Makefile").read_text().replace("\\\n", " ")
     words = re.search(r"DISTILL_DEMO := examples/distill_classifier.py (.*)", makefile)[1].split()
     monkeypatch.setattr(sys, "argv", ["distill_classifier.py", *words])
     args = example.parse_arguments("")
     assert args.dataset == "digits" and args.overwrite and len(args.seeds) > 1
+    assert args.labelled == args.teacher_labelled == 100  # as the README says

@@ -218,13 +218,13 @@ def test_feature_affinity_is_that_of_the_definition(norm, reduction, device):
 def test_the_fast_loss_is_that_of_its_probes(norm, distribution, device):
     student, teacher = features(2, 4, 3, 5).to(device), features(2, 6, 3, 5, seed=1).to(device)
     fast = FastFeatureAffinityLoss(4, norm=norm, distribution=distribution)
-    v = copy.deepcopy(fast).draw(15, device, torch.float64)
-    r = affinity_difference(student, teacher) @ copy.deepcopy(fast).draw(15, device).double()
-    want = (r.abs() if norm == "l1" else r.square()).sum((1, 2)) / 4 / 15**2
-    torch.testing.assert_close(fast(student, teacher), want.mean(0).float())
-    assert v.dtype == torch.float64 and v.shape == (15, 4)
-    assert (v.abs() == 1).all() == (distribution == "rademacher")
-    assert fast(student.double(), teacher).dtype == torch.float64
+    for dtype in (torch.float32, torch.float64):  # one wide input is enough
+        v = copy.deepcopy(fast).draw(15, device, dtype)
+        assert v.dtype == dtype and v.shape == (15, 4)
+        assert (v.abs() == 1).all() == (distribution == "rademacher")
+        r = affinity_difference(student, teacher) @ v.double()
+        want = (r.abs() if norm == "l1" else r.square()).sum((1, 2)) / 4 / 15**2
+        torch.testing.assert_close(fast(student.to(dtype), teacher), want.mean(0).to(dtype))
 
 
 def draws_of(losses, batch, **options):
@@ -296,14 +296,16 @@ def test_probes_are_new_at_each_call_and_touch_no_global_generator():
     assert torch.equal(torch.get_rng_state(), before)
     assert len(set(drawn)) == 3
     torch.manual_seed(7)
-    assert [second(student, teacher).item() for _ in range(3)] == drawn  # its seed is its own
+    assert [second(student, teacher).item() for _ in range(3)] == drawn  # its seed is its own:
+    zero = torch.Generator().manual_seed(0)
+    assert torch.equal(FastFeatureAffinityLoss().draw(9, "cpu"), torch.randn(9, 15, generator=zero))
 
 
 def test_a_generator_that_is_given_is_used_and_shared():
     generator = torch.Generator().manual_seed(3)
     want = torch.randn(9, 2, generator=torch.Generator().manual_seed(3))
     fast = FastFeatureAffinityLoss(2, generator)
-    assert torch.equal(fast.draw(9, torch.device("cpu")), want)
+    assert torch.equal(fast.draw(9, "cpu"), want)
     assert not torch.equal(generator.get_state(), torch.Generator().manual_seed(3).get_state())
 
 
@@ -319,10 +321,10 @@ def test_a_generator_that_is_given_is_used_and_shared():
 )
 def test_the_next_probes_survive(way):
     fast = FastFeatureAffinityLoss(3)
-    fast.draw(5, torch.device("cpu"))
+    fast.draw(5, "cpu")
     twin = way(fast)
-    drawn = [fast.draw(5, torch.device("cpu")) for _ in range(2)]
-    assert all(torch.equal(twin.draw(5, torch.device("cpu")), v) for v in drawn)  # and do not share
+    drawn = [fast.draw(5, "cpu") for _ in range(2)]
+    assert all(torch.equal(twin.draw(5, "cpu"), v) for v in drawn)  # and do not share
 
 
 def loaded(module, state):

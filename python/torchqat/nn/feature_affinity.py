@@ -188,7 +188,7 @@ class FastFeatureAffinityLoss(FeatureAffinityLoss):
         return F.fast_feature_affinity_loss(student, teacher, probes, **self.options())
 
     @torch.compiler.disable(reason="FastFeatureAffinityLoss draws from a generator of its own")
-    def draw(self, pixels: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    def draw(self, pixels: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The next probes: (pixels, k) on ``device``."""
         source = self.generator.device
         across = source.type == "cpu" and torch.device(device).type == "cuda"

@@ -37,6 +37,22 @@ def run_main(module, words, monkeypatch, capsys):
     return code, *capsys.readouterr()
 
 
+@contextlib.contextmanager
+def stopped_after(checkpoints, example, monkeypatch):
+    """Ctrl-C right after so many checkpoints have been written."""
+    save, left = example.checkpoint.save, [checkpoints]
+
+    def save_then_stop(*args, **state):
+        save(*args, **state)
+        left[0] -= 1
+        if left[0] == 0:
+            raise example.ending.Stopped(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(example.checkpoint, "save", save_then_stop)
+        yield
+
+
 def one_line_of(program, stderr, *parts):
     """Whether a program said what is wrong in one line that holds these parts."""
     assert stderr.startswith(program) and stderr.count("\n") == 1, stderr

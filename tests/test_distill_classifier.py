@@ -4,13 +4,12 @@ import functools
 import json
 import re
 import shutil
-import signal
 import statistics
 import sys
 
 import pytest
 import torch
-from example_programs import EXAMPLES, files_in, imported, one_line_of, run_main
+from example_programs import EXAMPLES, files_in, imported, one_line_of, run_main, stopped_after
 from torchqat.nn import StaircaseReLU
 from torchqat.optim import BCGD
 
@@ -157,17 +156,8 @@ def test_stopped_after_any_checkpoint_it_resumes_to_the_same_numbers(
     distill, example, tmp_path, monkeypatch, checkpoints
 ):
     assert distill(*PROBED, "--no-plots", "--out", tmp_path / "whole")[0] == 0
-    save, left = example.checkpoint.save, [checkpoints]
-
-    def save_then_stop(*args, **state):
-        save(*args, **state)
-        left[0] -= 1
-        if left[0] == 0:
-            raise example.ending.Stopped(signal.SIGINT)
-
     out = ("--no-plots", "--out", tmp_path / "stopped")
-    with monkeypatch.context() as patched:
-        patched.setattr(example.checkpoint, "save", save_then_stop)
+    with stopped_after(checkpoints, example, monkeypatch):
         code, stdout, _ = distill(*PROBED, *out)
     assert code == 130 and "--resume goes on there" in stdout
     assert distill(*PROBED, *out, "--resume")[0] == 0

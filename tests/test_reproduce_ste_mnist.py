@@ -2,13 +2,12 @@
 
 import functools
 import json
-import signal
 import statistics
 import sys
 
 import pytest
 import torch
-from example_programs import files_in, imported, one_line_of, run_main, write_idx_files
+from example_programs import files_in, imported, one_line_of, run_main, stopped_after, write_idx_files
 from torchqat.nn import StaircaseReLU
 
 for needed in ("matplotlib", "tqdm"):
@@ -87,17 +86,8 @@ def test_stopped_after_any_checkpoint_it_resumes_to_the_same_numbers(
     reproduce, example, tmp_path, monkeypatch, checkpoints
 ):
     assert reproduce(*TWO_ROWS, "--no-plots", "--out", tmp_path / "whole")[0] == 0
-    save, left = example.checkpoint.save, [checkpoints]
-
-    def save_then_stop(*args, **state):
-        save(*args, **state)
-        left[0] -= 1
-        if left[0] == 0:
-            raise example.ending.Stopped(signal.SIGINT)
-
     out = ("--no-plots", "--out", tmp_path / "stopped")
-    with monkeypatch.context() as patched:
-        patched.setattr(example.checkpoint, "save", save_then_stop)
+    with stopped_after(checkpoints, example, monkeypatch):
         code, stdout, _ = reproduce(*TWO_ROWS, *out)
     assert code == 130 and "--resume goes on there" in stdout
     assert reproduce(*TWO_ROWS, *out, "--resume")[0] == 0

@@ -18,7 +18,15 @@ from pathlib import Path
 import pytest
 import torch
 import torchqat
-from example_programs import EXAMPLES, files_in, imported, one_line_of, run_main, write_idx_files
+from example_programs import (
+    EXAMPLES,
+    files_in,
+    imported,
+    one_line_of,
+    run_main,
+    stopped_after,
+    write_idx_files,
+)
 
 for needed in ("matplotlib", "sklearn", "torchvision", "tqdm"):
     pytest.importorskip(needed)
@@ -98,16 +106,7 @@ def test_stopped_after_any_checkpoint_it_resumes_bit_for_bit(
     train, example, tmp_path, monkeypatch, checkpoints
 ):
     assert train("--out", tmp_path / "whole")[0] == 0
-    save, left = example.checkpoint.save, [checkpoints]
-
-    def save_then_stop(*args, **state):
-        save(*args, **state)
-        left[0] -= 1
-        if left[0] == 0:
-            raise example.ending.Stopped(signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(example.checkpoint, "save", save_then_stop)
+    with stopped_after(checkpoints, example, monkeypatch):
         code, stdout, _ = train("--out", tmp_path / "stopped")
     assert code == 130 and "--resume" in stdout
     assert train("--out", tmp_path / "stopped", "--resume")[0] == 0

@@ -117,12 +117,14 @@ class Network(table.Network):
     def train_student(self, student: nn.Module) -> None:
         """In float, then quantized, with one and the same loss."""
         args, warm_up = self.args, f"{self.name}, float"
+        if args.start == "teacher":
+            packing.load_into(student, self.float_file)
         distiller = self.distiller(student)
         if args.warm_up and (self.saved is None or self.saved["stage"] == warm_up):
             optimizer = torch.optim.SGD(distiller.parameters(), args.float_lr, **self.sgd_options())
             self.train(warm_up, distiller, optimizer, args.warm_up)
         torchqat.prepare(student, args.act_bits)
-        if args.warm_up and self.saved is None:
+        if (args.warm_up or args.start == "teacher") and self.saved is None:
             torchqat.calibrate(student, [self.dataset.normalized(self.dataset.images[:1000], args.device)])
         groups = param_groups(student, args.weight_bits)
         groups.append({"name": "connectors", "params": list(distiller.connectors.parameters())})

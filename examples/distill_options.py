@@ -19,7 +19,6 @@ COMMON = {
     "kd": "kl",
     "temperature": 4.0,
     "lambda_kd": 1.0,
-    "lambda_fa": 10.0,
     "lambda_label": 0.3,
     "norm": "l1",
     "probes": 15,
@@ -30,24 +29,27 @@ RECIPES = {
     "digits": {
         **{"model": "cnn4", "width": 1.0, "teacher_model": "cnn4-fine", "teacher_width": 2.0},
         **{"shift": 0, "mirror": False, "batch_size": 64, "float_epochs": 20, "float_lr": 0.05},
-        **{"warm_up": 10, "epochs": 20, "lr": 0.05},
+        **{"start": "random", "warm_up": 10, "epochs": 20, "lr": 0.05, "lambda_fa": 10.0},
     },
     "mnist": {
         **{"model": "cnn4", "width": 1.0, "teacher_model": "cnn4-fine", "teacher_width": 2.0},
         **{"shift": 2, "mirror": False, "batch_size": 128, "float_epochs": 6, "float_lr": 0.05},
-        **{"warm_up": 4, "epochs": 10, "lr": 0.05},
+        **{"start": "random", "warm_up": 4, "epochs": 10, "lr": 0.05, "lambda_fa": 10.0},
     },
     "fashion-mnist": {
-        **{"model": "cnn4", "width": 1.0, "teacher_model": "cnn4-fine", "teacher_width": 2.0},
+        **{"model": "cnn4-strided", "width": 1.0, "teacher_model": "cnn4-strided", "teacher_width": 1.0},
         **{"shift": 2, "mirror": True, "batch_size": 128, "float_epochs": 12, "float_lr": 0.05},
-        **{"warm_up": 6, "epochs": 30, "lr": 0.05},
+        **{"start": "teacher", "warm_up": 0, "epochs": 30, "lr": 0.02, "lambda_fa": 3.0},
     },
     "cifar10": {
         **{"model": "resnet20", "width": 1.0, "teacher_model": "resnet20", "teacher_width": 2.0},
         **{"shift": 4, "mirror": True, "batch_size": 128, "float_epochs": 200, "float_lr": 0.1},
-        **{"warm_up": 50, "epochs": 150, "lr": 0.1},
+        **{"start": "random", "warm_up": 50, "epochs": 150, "lr": 0.1, "lambda_fa": 10.0},
     },
 }
+# The maps that are compared where the command line does not say, for a student and a teacher of these models;
+# for others the last ones.
+TAPS = {("cnn4-strided", "cnn4-strided"): [["8", "8"]]}  # the third of four, 7 x 7 pixels of a 28 x 28 image
 FLOAT_SETTINGS = (
     *("dataset", "subset", "teacher_labelled", "teacher_model", "teacher_width", "shift", "mirror"),
     *("float_epochs", "float_lr", "batch_size", "momentum", "weight_decay"),
@@ -87,11 +89,13 @@ def parse_arguments(description: str) -> argparse.Namespace:
     _add_loss(parser.add_argument_group("loss"))
     training = parser.add_argument_group("training")
     options.add_schedule(training, RECIPES)
-    before, moved = (
+    begin, before, moved = (
+        "the student's first weights: random, or the teacher's",
         "epochs of the student in float, of the same arm",
         "pixels that images are moved by at most",
     )
     rows = (
+        ("--start", {"choices": ("random", "teacher")}, begin),
         ("--warm-up", {"type": number(int, 0)}, before),
         ("--shift", {"type": number(int, 0, 8)}, moved),
         ("--mirror", {"action": argparse.BooleanOptionalAction}, "mirror half of the images"),
@@ -108,6 +112,8 @@ def parse_arguments(description: str) -> argparse.Namespace:
     args.settings = {
         key: value for key, value in vars(args).items() if key not in (*free, "rows", "kept", "settings")
     }
+    args.taps = args.taps or TAPS.get((args.model, args.teacher_model))
+    args.settings["taps"] = args.taps
     problem = _misfit(args) or options.problem_of_run(args)
     if problem:
         ending.fail(problem)
@@ -116,6 +122,9 @@ def parse_arguments(description: str) -> argparse.Namespace:
 
 def _misfit(args: argparse.Namespace) -> str | None:
     """Which options do not go together."""
+    student, teacher = f"{args.model} x {args.width:g}", f"{args.teacher_model} x {args.teacher_width:g}"
+    if args.start == "teacher" and student != teacher:
+        return f"--start teacher needs a student and a teacher of one network, not {student} and {teacher}"
     if not args.lambda_kd:
         if "kd+fa-unlabelled" in args.arms and not args.lambda_fa:
             return "--lambda-kd 0 --lambda-fa 0 leaves nothing to learn from without labels"
@@ -142,11 +151,11 @@ def _add_loss(group) -> None:
     group.add_argument("--kd", choices=("mse", "kl"), help="distance between logits")
     group.add_argument("--temperature", type=number(float, 1e-3, 1e30), help="of kl")
     group.add_argument("--lambda-kd", type=weight, help="weight of the logits")
-    group.add_argument("--lambda-fa", type=weight, help="weight of the features")
+    options.add_from_recipes(group, RECIPES, [("--lambda-fa", {"type": weight}, "weight of the features")])
     group.add_argument("--lambda-label", type=weight, help="weight of the labels, beside a teacher")
     group.add_argument("--norm", choices=("l1", "fro"), help="norm of the feature affinity")
     group.add_argument("--probes", type=number(int, 1), help="number of probes of FFA")
-    where = "modules whose outputs are compared (default: the last feature maps of both)"
+    where = "modules whose outputs are compared (default: the last feature maps; cnn4-strided: the third)"
     group.add_argument(
         "--taps",
         type=_pair,

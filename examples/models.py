@@ -65,6 +65,20 @@ def cnn4_fine(channels: int, size: int, classes: int, width: float = 1) -> nn.Se
     return _cnn4([*_conv(channels, round(width * 16), 3), nn.MaxPool2d(2)], classes, width)
 
 
+def cnn4_strided(channels: int, size: int, classes: int, width: float = 1) -> nn.Sequential:
+    """Four convolutions, 32 to 128 wide, of which three take every second pixel; no pooling between them."""
+    first, second, third, fourth = (round(width * n) for n in (32, 64, 64, 128))
+    return nn.Sequential(
+        *_conv(channels, first, 5, stride=2),
+        *_conv(first, second, 3, stride=2),
+        *_conv(second, third, 3),
+        *_conv(third, fourth, 3, stride=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(fourth, classes),
+    )
+
+
 def _cnn4(stem: list[nn.Module], classes: int, width: float) -> nn.Sequential:
     first, second, third, fourth = (round(width * n) for n in (16, 32, 32, 64))
     return nn.Sequential(
@@ -85,6 +99,7 @@ MODELS = {
     "resnet20": resnet20,
     "cnn4": cnn4,
     "cnn4-fine": cnn4_fine,
+    "cnn4-strided": cnn4_strided,
 }
 
 

@@ -174,6 +174,40 @@ def test_arms_and_seeds_added_later_are_those_of_one_run(distill, tmp_path):
     assert contents(tmp_path / "parts") == contents(tmp_path / "both")
 
 
+def test_a_student_can_start_from_its_teachers_weights(distill, example, tmp_path, monkeypatch):
+    started = []
+
+    class Spy(example.Distiller):
+        def build(self, images):
+            started.append(
+                [(p.clone(), q.clone()) for p, q in zip(*map(states, self.networks()), strict=True)]
+            )
+            return super().build(images)
+
+        def networks(self):
+            return self.student, self.teacher
+
+    def states(model):
+        return model.state_dict().values()
+
+    monkeypatch.setattr(example, "Distiller", Spy)
+    same = (
+        "--model",
+        "cnn4-strided",
+        "--teacher-model",
+        "cnn4-strided",
+        "--teacher-width",
+        "1",
+        "--no-plots",
+    )
+    words = (*same, "--warm-up", "0", "--arms", "kd+fa-unlabelled", "--start", "teacher", "--out", tmp_path)
+    code, stdout, _ = distill(*words)
+    assert code == 0 and "float 1/" not in stdout
+    assert all(torch.equal(a, b) for a, b in started[0])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["settings"]["taps"] == [["8", "8"]]  # those of this model
+
+
 def test_few_labels_make_no_shorter_epochs(example):
     data = example.data.load("digits", None).subset(50)
     part = data.labelled(7)
@@ -201,7 +235,7 @@ def test_labelled_is_for_the_arms_that_read_labels(distill, example, tmp_path, m
     assert seen == [(True, 30, 60)] + 3 * [(True, 20, 60)] + 3 * [(False, 60, None)]
 
 
-@pytest.mark.parametrize("name", ["lenet5", "vgg11", "resnet20", "cnn4", "cnn4-fine"])
+@pytest.mark.parametrize("name", ["lenet5", "vgg11", "resnet20", "cnn4", "cnn4-fine", "cnn4-strided"])
 def test_any_network_may_teach_any(example, name):
     models, sizes = example.models, (8, 28, 32)
     assert name in models.MODELS
@@ -233,6 +267,10 @@ def test_any_network_may_teach_any(example, name):
         (("--connector", "big"), "'none', 'linear', 'relu'"),
         (("--lambda-kd", "0", "--lambda-fa", "0"), "leaves nothing to learn from without labels"),
         (("--lambda-kd", "0", "--lambda-label", "0"), "leaves nothing to learn from to the arm kd"),
+        (
+            ("--start", "teacher"),
+            "needs a student and a teacher of one network, not cnn4 x 1 and cnn4-fine x 2",
+        ),
         (("--taps", "relu9"), "--taps: FeatureTaps: Sequential has no module 'relu9'; the nearest name is"),
         (("--taps", "2=nowhere"), "(the teacher)"),
         (("--taps", "15"), "--taps: "),  # the logits: no feature maps

@@ -17,6 +17,7 @@ namespace {
 // Some images: (images, channels, pixels), and where they are wanted the gradient, else undefined.
 struct Images {
   at::Tensor student, teacher, values, gradient;
+  double weight;  // of the values in the loss
 
   bool differentiate() const { return gradient.defined(); }
   int64_t count() const { return student.size(0); }
@@ -59,15 +60,15 @@ void fill_unit(const at::Tensor& features, double eps, const at::Tensor& unit, W
   });
 }
 
-// The gradient in the student's features from that in its unit columns, (images, channels, pixels) in any
-// order, divided by the pixels.
+// The gradient of the loss in the student's features from that of the values over `factor` in its unit
+// columns, (images, channels, pixels) in any order.
 template <typename W>
 void fill_gradient(const Images& images, const cuda::Features<const W>& grad, const W* norms, double eps,
                    double factor) {
   for_dtype<W>(images.student.scalar_type(), [&]<typename S>(S) {
     C10_CUDA_CHECK(cuda::launch_unit_columns_backward(
-        grad, features_of<const S>(images.student), images.count(), norms, eps,
-        factor / static_cast<double>(images.pixels()), features_of<S>(images.gradient), current_stream()));
+        grad, features_of<const S>(images.student), images.count(), norms, eps, factor * images.weight,
+        features_of<at::opmath_type<S>>(images.gradient), current_stream()));
   });
 }
 
@@ -174,20 +175,21 @@ Form by_products(const Sizes& sizes, int64_t scratch, const Products& products) 
 
 // The values of all images, and the gradient in the student's features where `gradient` is defined. So many
 // images are taken together that all this, with the gradient, needs no more memory than twice the features.
-at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, double eps, const at::Tensor& gradient,
-               const Form& form) {
+at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, double eps, double weight,
+               const at::Tensor& gradient, const Form& form) {
   const c10::cuda::CUDAGuard device(student.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast_dispatch_keyset);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto grad = gradient.defined() ? as_columns(gradient) : gradient;
   const Images all{as_columns(student), as_columns(teacher), empty({student.size(0)}, student, at::kDouble),
-                   grad};
-  const auto bytes = static_cast<int64_t>(student.nbytes() + 2 * teacher.nbytes());
+                   grad, weight};
+  const size_t kept = gradient.defined() ? gradient.nbytes() : 0;
+  const auto bytes = static_cast<int64_t>(2 * (student.nbytes() + teacher.nbytes()) - kept);
   const int64_t together = std::max<int64_t>(1, bytes / form.bytes_per_image);
   for (int64_t first = 0; first < all.count(); first += together) {
     const int64_t images = std::min(together, all.count() - first);
     const auto part = [&](const at::Tensor& t) { return t.defined() ? t.narrow(0, first, images) : t; };
-    form.run({part(all.student), part(all.teacher), part(all.values), part(all.gradient)}, eps);
+    form.run({part(all.student), part(all.teacher), part(all.values), part(all.gradient), weight}, eps);
   }
   if (grad.defined() && !grad.is_alias_of(gradient)) gradient.copy_(grad.view_as(gradient));
   return all.values;
@@ -198,7 +200,7 @@ Sizes sizes_of(const at::Tensor& student, const at::Tensor& teacher) {
 }
 
 at::Tensor exact(const at::Tensor& student, const at::Tensor& teacher, std::string_view norm, double eps,
-                 const at::Tensor& gradient, at::ScalarType dtype) {
+                 double weight, const at::Tensor& gradient, at::ScalarType dtype) {
   const Sizes sizes = sizes_of(student, teacher);
   const auto form = [&] {
     if (norm == "fro") {
@@ -216,11 +218,11 @@ at::Tensor exact(const at::Tensor& student, const at::Tensor& teacher, std::stri
     if (same && student.scalar_type() == at::kBFloat16) return l1_by_tensor_cores<__nv_bfloat16>(sizes);
     return l1_in<float>(sizes);
   };
-  return run(student, teacher, eps, gradient, form());
+  return run(student, teacher, eps, weight, gradient, form());
 }
 
 at::Tensor fast(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& probes,
-                std::string_view norm, double eps, const at::Tensor& gradient) {
+                std::string_view norm, double eps, double weight, const at::Tensor& gradient) {
   const c10::cuda::CUDAGuard device(student.device());
   const auto columns = probes.to(at::kDouble);
   const auto products = [&](const at::Tensor& unit, bool differentiate) {
@@ -228,7 +230,7 @@ at::Tensor fast(const at::Tensor& student, const at::Tensor& teacher, const at::
   };
   const Sizes sizes = sizes_of(student, teacher);
   const int64_t scratch = probes.size(1) * (2 * sizes.pixels + 2 * sizes.student + sizes.teacher);
-  return run(student, teacher, eps, gradient, by_products(sizes, scratch, products));
+  return run(student, teacher, eps, weight, gradient, by_products(sizes, scratch, products));
 }
 
 }  // namespace

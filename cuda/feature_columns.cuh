@@ -153,11 +153,11 @@ cudaError_t launch_unit_columns(const Features<const scalar_t>& features, int64_
 
 // The gradient in the features, times a factor, from that in their unit columns, of which `features` and the
 // norms tell the rest.
-template <typename scalar_t, typename T>
+template <typename scalar_t, typename T, typename out_t>
 __global__ void __launch_bounds__(kThreads)
     unit_columns_backward_kernel(Features<const T> grad, Features<const scalar_t> features,
                                  const T* __restrict__ norms, double eps, double factor,
-                                 Features<scalar_t> grad_features) {
+                                 Features<out_t> grad_features) {
   __shared__ Patch<T> patch, grad_patch;
   const PatchPlace place(features.pixels);
   const int64_t pixel = place.pixel + threadIdx.x % kPatch;
@@ -186,18 +186,18 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     for_patch(grad_features.channels_are_neighbors(), [&](int c, int n, int) {
       if (channel + c < features.channels && place.pixel + n < features.pixels)
-        grad_features.at(place.image, channel + c, place.pixel + n) = converted<scalar_t>(patch.at[c][n]);
+        grad_features.at(place.image, channel + c, place.pixel + n) = converted<out_t>(patch.at[c][n]);
     });
   }
 }
 
-template <typename scalar_t, typename T>
+template <typename scalar_t, typename T, typename out_t>
 cudaError_t launch_unit_columns_backward(const Features<const T>& grad,
                                          const Features<const scalar_t>& features, int64_t images,
                                          const T* norms, double eps, double factor,
-                                         const Features<scalar_t>& grad_features, cudaStream_t stream) {
-  return launch(unit_columns_backward_kernel<scalar_t, T>, patch_blocks(images, features.pixels), stream,
-                grad, features, norms, eps, factor, grad_features);
+                                         const Features<out_t>& grad_features, cudaStream_t stream) {
+  return launch(unit_columns_backward_kernel<scalar_t, T, out_t>, patch_blocks(images, features.pixels),
+                stream, grad, features, norms, eps, factor, grad_features);
 }
 
 }  // namespace torchqat::cuda

@@ -120,7 +120,7 @@ SAMPLES = {
     "_fast_feature_affinity_loss": lambda: [
         ((x(grad=False), x(grad=False), x(20, 3, grad=False), "fro", "sum", 1e-5), {})
     ],
-    "_feature_affinity_backward": lambda: [((alpha(grad=False), x(grad=False), "mean"), {})],
+    "_feature_affinity_backward": lambda: [((alpha(grad=False), x(grad=False), torch.bfloat16), {})],
     "ste_names": lambda: [],
 }
 CASES = [(name, i) for name, samples in SAMPLES.items() for i in range(len(samples()))]

@@ -57,6 +57,6 @@ TORCH_LIBRARY(qat, m) {
       "_fast_feature_affinity_loss(Tensor student, Tensor teacher, Tensor probes, str norm, str reduction, "
       "float eps) -> (Tensor loss, Tensor gradient)",
       tags);
-  m.def("_feature_affinity_backward(Tensor grad, Tensor gradient, str reduction) -> Tensor", tags);
+  m.def("_feature_affinity_backward(Tensor grad, Tensor gradient, ScalarType dtype) -> Tensor", tags);
   m.def("_bounded_alpha(Tensor alpha, float minimum, float grad_scale, float grad_clip) -> Tensor", tags);
 }

@@ -59,11 +59,14 @@ _register_staircase("staircase_codes")
 
 
 def _register_one_by_one(name):
-    """For operators whose arguments do not batch: per-sample gradients go sample by sample."""
+    """For operators that would need a rule of their own to batch: they take sample by sample, so that
+    per-sample gradients work."""
     op = getattr(torch.ops.qat, name)
 
     @register(f"qat::{name}")
     def rule(info, in_dims, *args, **options):
+        if info.batch_size == 0:
+            raise ValueError(f"{name}: vmap must have at least one sample, got none")
         dims = list(in_dims) + [None] * (len(args) - len(in_dims))
         samples = [
             op(
@@ -90,6 +93,7 @@ for _name in (
     "_feature_affinity_backward",
 ):
     _register_one_by_one(_name)
+del _name
 
 
 @register("qat::_bounded_alpha")

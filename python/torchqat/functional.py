@@ -395,7 +395,7 @@ def feature_affinity_loss(
         TypeError: an input is not of one of the four dtypes, or is not a dense tensor.
         ValueError: fewer than three dimensions, different batch or spatial sizes, no channels, no pixels,
             different devices, an unknown ``norm`` or ``reduction``, or ``eps`` negative or not finite.
-        NotImplementedError: forward-mode differentiation. (A second derivative raises ``RuntimeError``.)
+        NotImplementedError: forward-mode differentiation, and a second derivative.
 
     Example:
         >>> student = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]], requires_grad=True)  # two pixels, alike

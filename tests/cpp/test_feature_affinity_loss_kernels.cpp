@@ -97,8 +97,8 @@ Outcome run_fma(const Map& s, const Map& t, const Layout& layout, bool different
   expect_success(launch_l1_affinity(tiles, s.images, differentiate, partial.data(), values.data(), nullptr));
   if (!differentiate) return {values.contents(), {}, {}};
 
-  const auto between = static_cast<scalar_t>(7.0F);
-  Buffer<scalar_t> out(std::vector<scalar_t>(student.size(), between));
+  const Wide<scalar_t> between = 7;
+  Buffer<Wide<scalar_t>> out(std::vector<Wide<scalar_t>>(student.size(), between));
   const Features<const T> grads{grad.data(), s.channels, s.pixels, s.channels * row, row, 1};
   expect_success(launch_unit_columns_backward(grads, f, s.images, norms.data(), kEps, kFactor,
                                               features_at(out.data(), s, strides), nullptr));
@@ -137,8 +137,8 @@ Outcome run_tensor(const Map& s, const Map& t, const Layout& layout, bool differ
   expect_success(launch_l1_affinity(tiles, s.images, differentiate, partial.data(), values.data(), nullptr));
   if (!differentiate) return {values.contents(), {}, {}};
 
-  const auto between = static_cast<half_t>(7.0F);
-  Buffer<half_t> out(std::vector<half_t>(student.size(), between));
+  const float between = 7;
+  Buffer<float> out(std::vector<float>(student.size(), between));
   const double scale = TensorTiles<half_t>::kSignScale;
   const Features<const float> grads{grad.data(), s.channels, s.pixels, pixels * channels, 1, channels};
   expect_success(launch_unit_columns_backward(grads, f, s.images, norms.data(), kEps, kFactor / scale,

@@ -110,12 +110,12 @@ TYPED_TEST(FeatureColumns, BackwardOfGradientsInAnyOrder) {
   for (const Layout& of_grad : kLayouts) {
     for (const Layout& layout : kLayouts) {
       SCOPED_TRACE(std::string(layout.name) + " from " + of_grad.name);
-      const auto between = static_cast<T>(7.0F);
+      const Wide<T> between = 7;
       const auto out = in_every_world([&] {
         Buffer<W> grads(laid_out<W>(grad, of_grad.strides(grad)));
         Buffer<W> lengths(laid_out<W>(norms, {41, 41, 1}));
         Buffer<T> features(laid_out<T>(f, kLayouts[1].strides(f)));
-        Buffer<T> out(std::vector<T>(extent(f, layout.strides(f)), between));
+        Buffer<Wide<T>> out(std::vector<Wide<T>>(extent(f, layout.strides(f)), between));
         expect_success(launch_unit_columns_backward(
             features_at<const W>(grads.data(), grad, of_grad.strides(grad)),
             features_at<const T>(features.data(), f, kLayouts[1].strides(f)), 2, lengths.data(), kEps,
@@ -132,8 +132,8 @@ TYPED_TEST(FeatureColumns, ColumnsOfZerosStayZerosWithoutEps) {
   using T = TypeParam;
   const Map f(1, 3, 5);
   const auto all = in_every_world([&] {
-    Buffer<T> features(laid_out<T>(f, {15, 5, 1})), grad_features(15);
-    Buffer<Wide<T>> unit(15), norms(5), grads(std::vector<Wide<T>>(15, 1));
+    Buffer<T> features(laid_out<T>(f, {15, 5, 1}));
+    Buffer<Wide<T>> unit(15), norms(5), grad_features(15), grads(std::vector<Wide<T>>(15, 1));
     const auto from = features_at<const T>(features.data(), f, {15, 5, 1});
     expect_success(
         launch_unit_columns(from, 1, 0, UnitColumns<Wide<T>>{unit.data(), 3, 5, 15}, norms.data(), nullptr));
@@ -142,7 +142,7 @@ TYPED_TEST(FeatureColumns, ColumnsOfZerosStayZerosWithoutEps) {
                                                 features_at(grad_features.data(), f, {15, 5, 1}), nullptr));
     std::vector<double> out;
     for (const auto& v : unit.contents()) out.push_back(v);
-    for (const auto& v : grad_features.contents()) out.push_back(static_cast<Wide<T>>(v));
+    for (const auto& v : grad_features.contents()) out.push_back(v);
     if constexpr (kHalf<T>) {
       Buffer<T> scaled(16 * 16);
       Buffer<float> scales(16);

@@ -13,7 +13,7 @@ namespace {
 // Pixels that are taken together. Their columns stay in the first cache while they are read twice.
 constexpr int64_t kBlock = 64;
 
-// Between the features of one channel and `count` pixels and an array of their op-math type.
+// The features of one channel and `count` pixels, in their op-math type.
 template <typename S>
 void read_row(const Columns<const S>& from, int64_t channel, int64_t pixel, int64_t count, OpMath<S>* row) {
   const S* start = from.data + channel * from.channel_stride + pixel * from.pixel_stride;
@@ -23,16 +23,6 @@ void read_row(const Columns<const S>& from, int64_t channel, int64_t pixel, int6
     for (int64_t i = 0; i < count; ++i) row[i] = static_cast<OpMath<S>>(start[i * from.pixel_stride]);
   }
 }
-template <typename S>
-void write_row(const OpMath<S>* row, const Columns<S>& to, int64_t channel, int64_t pixel, int64_t count) {
-  S* start = to.data + channel * to.channel_stride + pixel * to.pixel_stride;
-  if (to.pixel_stride == 1 && count == kBlock) {
-    for (int64_t i = 0; i < kBlock; i += Vec<OpMath<S>>::size) store(start + i, load(row + i));
-  } else {
-    for (int64_t i = 0; i < count; ++i) start[i * to.pixel_stride] = static_cast<S>(row[i]);
-  }
-}
-
 template <typename S, typename W>
 TORCHQAT_ALL_INLINE void unit(const Columns<const S>& features, double eps, W* unit, double* norms) {
   OpMath<S> row[kBlock] = {};
@@ -57,7 +47,7 @@ TORCHQAT_ALL_INLINE void unit(const Columns<const S>& features, double eps, W* u
 
 template <typename S, typename W>
 TORCHQAT_ALL_INLINE void gradient(const W* grad, const Columns<const S>& features, const double* norms,
-                                  double eps, double factor, const Columns<S>& grad_features) {
+                                  double eps, double factor, const Columns<OpMath<S>>& grad_features) {
   OpMath<S> row[kBlock] = {};
   for (int64_t pixel = 0; pixel < features.pixels; pixel += kBlock) {
     const int64_t count = std::min(kBlock, features.pixels - pixel);
@@ -75,7 +65,8 @@ TORCHQAT_ALL_INLINE void gradient(const W* grad, const Columns<const S>& feature
         const math::UnitColumn<double> column{norms[pixel + i], eps};
         row[i] = static_cast<OpMath<S>>(factor * column.gradient(of[i], row[i], dots[i]));
       }
-      write_row(row, grad_features, c, pixel, count);
+      auto* to = grad_features.data + c * grad_features.channel_stride + pixel * grad_features.pixel_stride;
+      for (int64_t i = 0; i < count; ++i) to[i * grad_features.pixel_stride] = row[i];
     }
   }
 }

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <ATen/OpMathType.h>
+
 #include <cstdint>
 
 #include "torchqat/cpu/instruction_set.h"
@@ -25,7 +27,7 @@ struct ColumnKernels {
   void (*unit)(const Columns<const S>& features, double eps, W* unit, double* norms);
   // The gradient in the features, times a factor, from that in their unit columns (dense as well).
   void (*gradient)(const W* grad, const Columns<const S>& features, const double* norms, double eps,
-                   double factor, const Columns<S>& grad_features);
+                   double factor, const Columns<at::opmath_type<S>>& grad_features);
 };
 
 #define DECLARE(isa)                                                            \

@@ -77,8 +77,7 @@ void fill_unit(const at::Tensor& features, double eps, const at::Tensor& unit, c
 // The gradient in the features of images from that in their unit columns.
 template <typename W>
 void fill_gradient(const at::Tensor& grad, const at::Tensor& features, const at::Tensor& norms, double eps,
-                   const at::Tensor& grad_features) {
-  const double factor = 1.0 / static_cast<double>(features.size(2));
+                   double factor, const at::Tensor& grad_features) {
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, features.scalar_type(), "feature_affinity_cpu", [&] {
         if constexpr (!(std::is_same_v<scalar_t, double> && std::is_same_v<W, float>)) {
@@ -87,7 +86,7 @@ void fill_gradient(const at::Tensor& grad, const at::Tensor& features, const at:
             kernels.gradient(grad.const_data_ptr<W>() + k * grad.stride(0),
                              columns_of<const scalar_t>(features, k),
                              norms.const_data_ptr<double>() + k * norms.stride(0), eps, factor,
-                             columns_of<scalar_t>(grad_features, k));
+                             columns_of<at::opmath_type<scalar_t>>(grad_features, k));
           }
         }
       });
@@ -98,8 +97,8 @@ using Products = std::function<Affinity(const at::Tensor& unit, bool differentia
 // The values of all images, and the gradient in the student's features where `gradient` is defined. W is what
 // `products` compute with.
 template <typename W>
-at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, double eps, const at::Tensor& gradient,
-               const Products& products) {
+at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, double eps, double weight,
+               const at::Tensor& gradient, const Products& products) {
   const auto a = as_columns(student);
   const auto b = as_columns(teacher);
   const auto grad = gradient.defined() ? as_columns(gradient) : gradient;
@@ -124,7 +123,7 @@ at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, double eps,
       fill_unit<W>(of_part(b), eps, unit.narrow(1, a.size(1), b.size(1)), norms[1]);
       const auto affinity = products(unit, grad.defined());
       of_part(values).copy_(affinity.value);
-      if (grad.defined()) fill_gradient<W>(affinity.gradient, students, norms[0], eps, of_part(grad));
+      if (grad.defined()) fill_gradient<W>(affinity.gradient, students, norms[0], eps, weight, of_part(grad));
     }
   });
   if (grad.defined() && !grad.is_alias_of(gradient)) gradient.copy_(grad.view_as(gradient));
@@ -132,23 +131,23 @@ at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, double eps,
 }
 
 at::Tensor exact(const at::Tensor& student, const at::Tensor& teacher, std::string_view norm, double eps,
-                 const at::Tensor& gradient, at::ScalarType dtype) {
+                 double weight, const at::Tensor& gradient, at::ScalarType dtype) {
   const int64_t channels = student.size(1);
   if (norm == "fro") {
-    return run<double>(student, teacher, eps, gradient,
+    return run<double>(student, teacher, eps, weight, gradient,
                        [=](const at::Tensor& unit, bool d) { return frobenius_affinity(unit, channels, d); });
   }
   return AT_DISPATCH_FLOATING_TYPES(dtype, "feature_affinity_cpu", [&] {
-    return run<scalar_t>(student, teacher, eps, gradient, [=](const at::Tensor& unit, bool d) {
+    return run<scalar_t>(student, teacher, eps, weight, gradient, [=](const at::Tensor& unit, bool d) {
       return l1_affinity<scalar_t>(unit, channels, d);
     });
   });
 }
 
 at::Tensor fast(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& probes,
-                std::string_view norm, double eps, const at::Tensor& gradient) {
+                std::string_view norm, double eps, double weight, const at::Tensor& gradient) {
   const auto columns = probes.to(at::kDouble);
-  return run<double>(student, teacher, eps, gradient, [&](const at::Tensor& unit, bool d) {
+  return run<double>(student, teacher, eps, weight, gradient, [&](const at::Tensor& unit, bool d) {
     return fast_affinity(unit, student.size(1), columns, norm, d);
   });
 }

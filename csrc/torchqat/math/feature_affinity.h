@@ -1,7 +1,5 @@
 #pragma once
 
-#include <cstdint>
-
 #include "torchqat/math/select.h"
 
 // Feature affinity: Li, Yang, Yin, Qi, Xin, "Feature affinity assisted knowledge distillation and
@@ -40,13 +38,13 @@ TORCHQAT_HD T sign(T s) {
 // Floating-point operations for an image, forward and backward together, of the forms that the squared
 // Frobenius norm of S has.
 struct AffinityFlops {
-  int64_t direct;  // S itself, pixels x pixels
-  int64_t gram;    // by the Gram matrices of channels: |S|^2 = |AA'|^2 + |BB'|^2 - 2 |AB'|^2
-  int64_t fast;    // S times random probes, an estimate
+  double direct;  // S itself, pixels x pixels
+  double gram;    // by the Gram matrices of channels: |S|^2 = |AA'|^2 + |BB'|^2 - 2 |AB'|^2
+  double fast;    // S times random probes, an estimate
 };
 
-inline AffinityFlops affinity_flops(int64_t student, int64_t teacher, int64_t pixels, int64_t probes) {
-  const int64_t both = student + teacher;
+inline AffinityFlops affinity_flops(double student, double teacher, double pixels, double probes) {
+  const double both = student + teacher;
   return {2 * pixels * pixels * (both + student),
           2 * pixels * (student * both + teacher * teacher + student * both),
           2 * pixels * probes * (2 * both + 3 * student)};

@@ -9,23 +9,25 @@
 // The operators of the feature affinity losses from what a device has to compute.
 namespace torchqat {
 
-// The images' values, (batch) in float64, before the division by pixels^2. Where `gradient` is defined, the
-// gradient of their sum in the student, divided by the number of pixels, goes there. `dtype` is that of the
-// loss.
+// The images' values, (batch) in float64, whose sum times `weight` is the loss, of `dtype`. Where `gradient`
+// is defined, the gradient of the loss in the student goes there.
 using ExactAffinity = at::Tensor(const at::Tensor& student, const at::Tensor& teacher, std::string_view norm,
-                                 double eps, const at::Tensor& gradient, at::ScalarType dtype);
+                                 double eps, double weight, const at::Tensor& gradient, at::ScalarType dtype);
 using FastAffinity = at::Tensor(const at::Tensor& student, const at::Tensor& teacher,
-                                const at::Tensor& probes, std::string_view norm, double eps,
+                                const at::Tensor& probes, std::string_view norm, double eps, double weight,
                                 const at::Tensor& gradient);
 
 // Features as (batch, channels, pixels), in place where their strides allow it.
 inline at::Tensor as_columns(const at::Tensor& features) { return features.flatten(2); }
 
-inline at::Tensor reduced(const at::Tensor& values, const at::Tensor& student, std::string_view reduction,
-                          at::ScalarType dtype) {
+// One over pixels^2, and over the batch for its mean.
+inline double weight_of(const at::Tensor& student, std::string_view reduction) {
   const auto pixels = static_cast<double>(c10::multiply_integers(student.sizes().slice(2)));
-  const int64_t terms = reduction == "mean" ? std::max<int64_t>(values.numel(), 1) : 1;
-  return values.sum().div_(pixels * pixels * terms).to(dtype);
+  return 1 / (pixels * pixels * (reduction == "mean" ? std::max<int64_t>(student.size(0), 1) : 1));
+}
+
+inline at::Tensor weighted_sum(const at::Tensor& values, double weight, at::ScalarType dtype) {
+  return values.sum().mul_(weight).to(dtype);
 }
 
 template <ExactAffinity exact>
@@ -33,14 +35,16 @@ struct ExactOperators {
   static at::Tensor loss(const at::Tensor& student, const at::Tensor& teacher, std::string_view norm,
                          std::string_view reduction, double eps) {
     const auto dtype = feature_affinity_loss_meta(student, teacher, norm, reduction, eps).scalar_type();
-    return reduced(exact(student, teacher, norm, eps, {}, dtype), student, reduction, dtype);
+    const double weight = weight_of(student, reduction);
+    return weighted_sum(exact(student, teacher, norm, eps, weight, {}, dtype), weight, dtype);
   }
   static std::tuple<at::Tensor, at::Tensor> with_gradient(const at::Tensor& student,
                                                           const at::Tensor& teacher, std::string_view norm,
                                                           std::string_view reduction, double eps) {
     auto [loss, gradient] = feature_affinity_with_gradient_meta(student, teacher, norm, reduction, eps);
-    const auto values = exact(student, teacher, norm, eps, gradient, loss.scalar_type());
-    return {reduced(values, student, reduction, loss.scalar_type()), gradient};
+    const double weight = weight_of(student, reduction);
+    const auto values = exact(student, teacher, norm, eps, weight, gradient, loss.scalar_type());
+    return {weighted_sum(values, weight, loss.scalar_type()), gradient};
   }
 };
 
@@ -49,7 +53,9 @@ struct FastOperators {
   static at::Tensor loss(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& probes,
                          std::string_view norm, std::string_view reduction, double eps) {
     const auto loss = fast_feature_affinity_loss_meta(student, teacher, probes, norm, reduction, eps);
-    return reduced(fast(student, teacher, probes, norm, eps, {}), student, reduction, loss.scalar_type());
+    const double weight = weight_of(student, reduction);
+    const auto values = fast(student, teacher, probes, norm, eps, weight, {});
+    return weighted_sum(values, weight, loss.scalar_type());
   }
   static std::tuple<at::Tensor, at::Tensor> with_gradient(const at::Tensor& student,
                                                           const at::Tensor& teacher, const at::Tensor& probes,
@@ -57,8 +63,9 @@ struct FastOperators {
                                                           double eps) {
     auto [loss, gradient] =
         fast_feature_affinity_with_gradient_meta(student, teacher, probes, norm, reduction, eps);
-    const auto values = fast(student, teacher, probes, norm, eps, gradient);
-    return {reduced(values, student, reduction, loss.scalar_type()), gradient};
+    const double weight = weight_of(student, reduction);
+    const auto values = fast(student, teacher, probes, norm, eps, weight, gradient);
+    return {weighted_sum(values, weight, loss.scalar_type()), gradient};
   }
 };
 

@@ -1,5 +1,6 @@
 #include "torchqat/ops/feature_affinity_loss.h"
 
+#include <ATen/OpMathType.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -47,6 +48,7 @@ void check(std::string_view op, const at::Tensor& student, const at::Tensor& tea
 }
 
 void check_probes(std::string_view op, const at::Tensor& student, const at::Tensor& probes) {
+  TORCH_CHECK_TYPE(probes.defined(), op, ": probes must be of type Tensor, got None");
   TORCH_CHECK_TYPE(probes.layout() == at::kStrided, op, ": probes must be a dense tensor, got layout ",
                    probes.layout());
   TORCH_CHECK_TYPE(is_supported(probes.scalar_type()), op, ": probes must be ", kSupportedDtypes, ", got ",
@@ -89,17 +91,18 @@ auto fast_with_gradient_op() {
   return op;
 }
 
-at::Tensor scaled_gradient_meta(const at::Tensor& /*grad*/, const at::Tensor& gradient,
-                                std::string_view /*reduction*/) {
-  return at::empty_like(gradient);
+at::Tensor empty_gradient(const at::Tensor& student) {
+  return at::empty_like(student, student.options().dtype(at::toOpMathType(student.scalar_type())));
 }
 
-// The gradient in the features from that in the loss and what forward kept.
-at::Tensor scaled_gradient(const at::Tensor& grad, const at::Tensor& gradient, std::string_view reduction) {
-  if (gradient.numel() == 0) return at::empty_like(gradient);
-  const int64_t batch = gradient.size(0);
-  const int64_t pixels = gradient.numel() / (batch * gradient.size(1));
-  return gradient * (grad / static_cast<double>(reduction == "mean" ? pixels * batch : pixels));
+at::Tensor scaled_gradient_meta(const at::Tensor& /*grad*/, const at::Tensor& gradient,
+                                at::ScalarType dtype) {
+  return at::empty_like(gradient, gradient.options().dtype(dtype));
+}
+
+// The gradient in the features, of their dtype, from that in the loss and what forward kept.
+at::Tensor scaled_gradient(const at::Tensor& grad, const at::Tensor& gradient, at::ScalarType dtype) {
+  return (gradient * grad).to(dtype);
 }
 
 auto scaled_gradient_op() {
@@ -115,7 +118,7 @@ struct FeatureAffinityBackward : torch::autograd::Node {
       if (!task_should_compute_output(i)) continue;
       const auto gradient = gradients[i].unpack();
       at::AutoDispatchBelowADInplaceOrView below_autograd;
-      result[i] = scaled_gradient_op().call(grads[0], gradient, reduction);
+      result[i] = scaled_gradient_op().call(grads[0], gradient, dtypes[i]);
     }
     if (at::GradMode::is_enabled()) {
       auto inputs = next_edges();
@@ -130,7 +133,7 @@ struct FeatureAffinityBackward : torch::autograd::Node {
   std::string name() const override { return "FeatureAffinityBackward"; }
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     for (const auto& gradient : gradients) args.collect(gradient, /*is_output=*/false);
-    args.collect(reduction);
+    for (const auto dtype : dtypes) args.collect(dtype);
     args.collect(op);
   }
   torch::autograd::variable_list apply_with_saved(
@@ -143,7 +146,7 @@ struct FeatureAffinityBackward : torch::autograd::Node {
   }
 
   std::array<torch::autograd::SavedVariable, 2> gradients;  // of student and teacher
-  std::string reduction;
+  std::array<at::ScalarType, 2> dtypes{};
   std::string op;
 };
 
@@ -151,7 +154,7 @@ struct FeatureAffinityBackward : torch::autograd::Node {
 // that the same half gives the gradient of the teacher where one wants it.
 template <typename Loss, typename WithGradient>
 at::Tensor differentiable(std::string_view op, const at::Tensor& student, const at::Tensor& teacher,
-                          std::string_view reduction, Loss&& loss, WithGradient&& with_gradient) {
+                          Loss&& loss, WithGradient&& with_gradient) {
   TORCH_CHECK_NOT_IMPLEMENTED(!has_tangent(student) && !has_tangent(teacher), op,
                               ": forward-mode derivatives (jvp) are not implemented; use reverse mode");
   const bool enabled = at::GradMode::is_enabled();
@@ -171,7 +174,7 @@ at::Tensor differentiable(std::string_view op, const at::Tensor& student, const 
   for (size_t i : {0, 1}) {
     node->gradients[i] = torch::autograd::SavedVariable(gradients[i], /*is_output=*/false);
   }
-  node->reduction = reduction;
+  node->dtypes = {student.scalar_type(), teacher.scalar_type()};
   node->op = op;
   torch::autograd::set_history(value, node);
   return value;
@@ -181,7 +184,7 @@ at::Tensor feature_affinity_loss_autograd(const at::Tensor& student, const at::T
                                           std::string_view norm, std::string_view reduction, double eps) {
   check("feature_affinity_loss", student, teacher, norm, reduction, eps);
   return differentiable(
-      "feature_affinity_loss", student, teacher, reduction,
+      "feature_affinity_loss", student, teacher,
       [&](const auto& s, const auto& t) { return exact_op().call(s, t, norm, reduction, eps); },
       [&](const auto& s, const auto& t) {
         return exact_with_gradient_op().call(s, t, norm, reduction, eps);
@@ -197,7 +200,7 @@ at::Tensor fast_feature_affinity_loss_autograd(const at::Tensor& student, const 
   TORCH_CHECK_VALUE(!(at::GradMode::is_enabled() && probes.requires_grad()) && !has_tangent(probes), op,
                     ": probes must not require a gradient; detach them");
   return differentiable(
-      op, student, teacher, reduction,
+      op, student, teacher,
       [&](const auto& s, const auto& t) { return fast_op().call(s, t, probes, norm, reduction, eps); },
       [&](const auto& s, const auto& t) {
         return fast_with_gradient_op().call(s, t, probes, norm, reduction, eps);
@@ -225,14 +228,14 @@ std::tuple<at::Tensor, at::Tensor> feature_affinity_with_gradient_meta(const at:
                                                                        std::string_view norm,
                                                                        std::string_view reduction,
                                                                        double eps) {
-  return {feature_affinity_loss_meta(student, teacher, norm, reduction, eps), at::empty_like(student)};
+  return {feature_affinity_loss_meta(student, teacher, norm, reduction, eps), empty_gradient(student)};
 }
 
 std::tuple<at::Tensor, at::Tensor> fast_feature_affinity_with_gradient_meta(
     const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& probes, std::string_view norm,
     std::string_view reduction, double eps) {
   return {fast_feature_affinity_loss_meta(student, teacher, probes, norm, reduction, eps),
-          at::empty_like(student)};
+          empty_gradient(student)};
 }
 
 at::Tensor feature_affinity_loss(const at::Tensor& student, const at::Tensor& teacher, std::string_view norm,

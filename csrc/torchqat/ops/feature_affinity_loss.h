@@ -37,9 +37,9 @@ at::Tensor fast_feature_affinity_loss_meta(const at::Tensor& student, const at::
                                            const at::Tensor& probes, std::string_view norm,
                                            std::string_view reduction, double eps);
 
-// The private halves of the differentiable operators: the loss, and the gradient that backward multiplies. It
-// is that of the sum over the batch, in the student, times the number of pixels: else its elements would be
-// too small for half precision.
+// The private halves of the differentiable operators: the loss, and its gradient in the student. That is
+// float32 where the features are of half precision, for which its elements may be too small and too large
+// until backward multiplies them.
 std::tuple<at::Tensor, at::Tensor> feature_affinity_with_gradient_meta(const at::Tensor& student,
                                                                        const at::Tensor& teacher,
                                                                        std::string_view norm,

@@ -71,6 +71,8 @@ def load(path: Path, settings: dict, seed: int) -> dict:
         raise CheckpointError(f"{path} is damaged or not a checkpoint") from None
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this version of the program")
+    if not isinstance(saved.get("settings"), dict) or not {"seed", "progress", "states"} <= saved.keys():
+        raise CheckpointError(f"{path} is damaged or not a checkpoint")
     _refuse_other(path, {**settings, "seed": seed}, {**saved["settings"], "seed": saved["seed"]})
     return saved
 

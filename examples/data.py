@@ -49,6 +49,8 @@ class Data:
 
     def labelled(self, n: int | None) -> "Data":
         """The first n training images, normalized as all of them, in epochs of as many images."""
+        if n is not None and n > len(self.images):
+            raise DataError(f"there are {len(self.images)} training images, and labels are wanted for {n}")
         part = replace(self, images=self.images[:n], labels=self.labels[:n], epoch_size=len(self.images))
         part.mean, part.std = self.mean, self.std
         return part

@@ -1,7 +1,7 @@
 """Distils a float network into a smaller quantized one: from labels, from the teacher, and from both.
 
     python examples/distill_classifier.py                                       # digits, one seed
-    python examples/distill_classifier.py --dataset fashion-mnist --seeds 0 1 2 # the table of the README
+    python examples/distill_classifier.py --dataset fashion-mnist --seeds 0 1 2
     python examples/distill_classifier.py --dataset fashion-mnist --labelled 6000 --teacher-labelled 6000
     python examples/distill_classifier.py --dataset mnist --subset 2000 --epochs 2 --arms labels kd
 
@@ -12,10 +12,11 @@ same first weights and with the same batches, with another loss:
     kd                 the teacher's logits, and the labels
     kd+fa              the same, and feature affinity: how alike the pixels of a feature map are
     kd+ffa             the same, feature affinity by random probes
-    kd+fa-unlabelled   as kd+fa, from images alone: what hands out the batches has no labels
+    kd-unlabelled      as kd, from images alone: what hands out the batches has no labels
+    kd+fa-unlabelled   as kd+fa, from images alone
 
-With --labelled N the arms that read labels see N training images only, in as many steps, and the one without
-labels sees all of them. The teacher has been trained on all, or with --teacher-labelled N on N of them.
+With --labelled N the arms that read labels see N training images only, in as many steps, and those without
+labels see all of them. The teacher has been trained on all, or with --teacher-labelled N on N of them.
 
 Finished arms are kept in --out, with a checkpoint per epoch of the one in work: after Ctrl-C the same command
 with --resume goes on, to the same numbers; it can name other --arms and --seeds. The table, the plot and the

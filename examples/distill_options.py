@@ -71,6 +71,7 @@ ARMS = {
     "kd": Arm("KD"),
     "kd+fa": Arm("KD + FA", affinity=FeatureAffinityLoss),
     "kd+ffa": Arm("KD + FFA", affinity=FastFeatureAffinityLoss),
+    "kd-unlabelled": Arm("KD, no labels", labels=False),
     "kd+fa-unlabelled": Arm("KD + FA, no labels", affinity=FeatureAffinityLoss, labels=False),
 }
 
@@ -125,11 +126,14 @@ def _misfit(args: argparse.Namespace) -> str | None:
     student, teacher = f"{args.model} x {args.width:g}", f"{args.teacher_model} x {args.teacher_width:g}"
     if args.start == "teacher" and student != teacher:
         return f"--start teacher needs a student and a teacher of one network, not {student} and {teacher}"
-    if not args.lambda_kd:
-        if "kd+fa-unlabelled" in args.arms and not args.lambda_fa:
-            return "--lambda-kd 0 --lambda-fa 0 leaves nothing to learn from without labels"
-        if "kd" in args.arms and not args.lambda_label:
-            return "--lambda-kd 0 --lambda-label 0 leaves nothing to learn from to the arm kd"
+    if len(set(args.arms)) < len(args.arms):
+        return "--arms names an arm twice"
+    for name in args.arms:
+        arm = ARMS[name]
+        if arm.affinity and not args.lambda_fa:
+            return f"--lambda-fa 0 leaves nothing to compare to the arm {name}"
+        if arm.teacher and not (args.lambda_kd or arm.affinity or (arm.labels and args.lambda_label)):
+            return f"--lambda-kd 0 leaves nothing to learn from to the arm {name}"
     return None
 
 
@@ -169,7 +173,9 @@ def _add_loss(group) -> None:
 
 
 def _pair(text: str) -> list[str]:
-    student, _, teacher = text.partition("=")
+    student, equals, teacher = text.partition("=")
+    if not student or (equals and not teacher):
+        raise argparse.ArgumentTypeError(f"must be STUDENT or STUDENT=TEACHER, not {text!r}")
     return [student, teacher or student]
 
 

@@ -228,7 +228,5 @@ def add_run(group, out: Path, not_settings: tuple[str, ...] = NOT_SETTINGS) -> N
     again = group.add_mutually_exclusive_group()
     resume = f"go on from the checkpoints in --out; all options but {free} must be what they were"
     again.add_argument("--resume", action="store_true", help=resume)
-    again.add_argument(
-        "--overwrite", action="store_true", help="delete the checkpoints of these seeds in --out"
-    )
+    again.add_argument("--overwrite", action="store_true", help="delete all results of these seeds in --out")
     group.add_argument("--no-plots", action="store_true", help="write no PNG files")

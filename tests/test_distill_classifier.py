@@ -55,7 +55,7 @@ def test_the_whole_table(distill, example, tmp_path):
         *("epoch 1", "last epoch", "against labels", "seeds", "seconds")
     ]
     rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
-    assert list(rows) == ["float", "labels", "kd", "kd+fa", "kd+ffa", "kd+fa-unlabelled"]
+    assert list(rows) == ["float", "labels", "kd", "kd+fa", "kd+ffa", "kd-unlabelled", "kd+fa-unlabelled"]
     for cells, (name, row) in zip(lines[2:], rows.items(), strict=True):
         runs = [json.loads((tmp_path / f"seed-{i}" / name / "metrics.json").read_text()) for i in (0, 1)]
         accuracy = [run["history"][-1]["accuracy"] for run in runs]
@@ -120,13 +120,16 @@ def test_arms_are_what_they_say_and_start_alike(distill, example, tmp_path, monk
     monkeypatch.setattr(example, "BCGD", bcgd)
     words = ("--no-plots", "--connector", "relu", "--kd", "mse", "--lambda-fa", "7", "--out", tmp_path)
     assert distill(*words, "--weight-bits", "2", "--act-bits", "3")[0] == 0
-    arms = dict(zip(("labels", "kd", "kd+fa", "kd+ffa", "kd+fa-unlabelled"), seen, strict=True))
+    arms = dict(
+        zip(("labels", "kd", "kd+fa", "kd+ffa", "kd-unlabelled", "kd+fa-unlabelled"), seen, strict=True)
+    )
     losses = {name: (d.loss.lambda_kd, d.loss.lambda_fa, d.loss.lambda_label) for name, d in arms.items()}
     assert losses == {
         "labels": (0, 0, 1),
         "kd": (1, 0, 0.3),
         "kd+fa": (1, 7, 0.3),
         "kd+ffa": (1, 7, 0.3),
+        "kd-unlabelled": (1, 0, 0),
         "kd+fa-unlabelled": (1, 7, 0),
     }
     kinds = [type(d.loss.fa).__name__ for name, d in arms.items() if d.loss.lambda_fa]
@@ -148,7 +151,7 @@ def test_arms_are_what_they_say_and_start_alike(distill, example, tmp_path, monk
             assert torch.equal(a, b)
         for (a, y), (b, z) in zip(first["batches"], seen[model]["batches"], strict=True):
             assert torch.equal(a, b)
-            assert z is None if name == "kd+fa-unlabelled" else torch.equal(y, z)
+            assert z is None if name.endswith("unlabelled") else torch.equal(y, z)
 
 
 @pytest.mark.parametrize("checkpoints", range(2, 7))  # of the teacher, of the student in float, quantized
@@ -221,6 +224,11 @@ def test_few_labels_make_no_shorter_epochs(example):
     assert [labels for _, labels in part.unlabelled().batches(20, torch.device("cpu"))] == 3 * [None]
 
 
+def test_labels_of_more_images_than_there_are_cannot_be_had(distill, tmp_path):
+    code, _, stderr = distill("--labelled", "61", "--out", tmp_path)
+    assert code == 2 and one_line(stderr, "there are 60 training images, and labels are wanted for 61")
+
+
 def test_labelled_is_for_the_arms_that_read_labels(distill, example, tmp_path, monkeypatch):
     seen = []
     batches = example.data.Data.batches
@@ -265,8 +273,11 @@ def test_any_network_may_teach_any(example, name):
         (("--probes", "0"), "must be >= 1"),
         (("--width", "0"), "must be 0.05 to 100"),
         (("--connector", "big"), "'none', 'linear', 'relu'"),
-        (("--lambda-kd", "0", "--lambda-fa", "0"), "leaves nothing to learn from without labels"),
+        (("--lambda-fa", "0", "--arms", "kd", "kd+ffa"), "leaves nothing to compare to the arm kd+ffa"),
+        (("--lambda-kd", "0"), "leaves nothing to learn from to the arm kd-unlabelled"),
         (("--lambda-kd", "0", "--lambda-label", "0"), "leaves nothing to learn from to the arm kd"),
+        (("--arms", "kd", "kd"), "--arms names an arm twice"),
+        (("--taps", "7="), "must be STUDENT or STUDENT=TEACHER, not '7='"),
         (
             ("--start", "teacher"),
             "needs a student and a teacher of one network, not cnn4 x 1 and cnn4-fine x 2",

@@ -275,7 +275,8 @@ def test_resuming_what_is_finished_trains_no_more(train, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["truncated", "empty", "other arguments", "other seed", "not ours", "code", "a folder"]
+    "damage",
+    ["truncated", "empty", "other arguments", "other seed", "not ours", "incomplete", "code", "a folder"],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(train, tmp_path, damage):
     train("--out", tmp_path, "--seeds", 0)
@@ -291,6 +292,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(train, tmp_path, dam
         path.parent.rename(tmp_path / "seed-7")
         path, arguments = tmp_path / "seed-7" / "checkpoint.pt", ("--seeds", 7)
         said = "made with other arguments: seed 0, not 7"
+    elif damage == "incomplete":
+        saved = torch.load(path, weights_only=True)
+        del saved["settings"]
+        torch.save(saved, path)
     elif damage == "not ours":
         torch.save({"epoch": 3}, path)
         said = "not a checkpoint of this version of the program"

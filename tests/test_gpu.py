@@ -131,6 +131,18 @@ def test_the_gpu_agrees_with_the_cpu(case):
     torch.testing.assert_close(on_gpu, case.run(case.on("cpu")), equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_l1_affinity_gradients_agree_with_the_cpu_as_a_whole(dtype):
+    """Element by element they cannot: signs of elements of S near 0 are rounding."""
+    student, teacher = (torch.randn(3, channels, 17, 13).to(dtype) for channels in (70, 33))
+    gradients = []
+    for device in ("cpu", "cuda"):
+        leaf = student.to(device).requires_grad_()
+        (1e4 * F.feature_affinity_loss(leaf, teacher.to(device))).backward()
+        gradients.append(leaf.grad.double().cpu())
+    assert (gradients[1] - gradients[0]).norm() < max(1e-3, torch.finfo(dtype).eps) * gradients[0].norm()
+
+
 def test_the_values_of_the_staircase_are_those_of_the_cpu():
     case = staircase(torch.float32, "clipped_relu")
     (y, grad_x, _), (y_gpu, grad_x_gpu, _) = case.run(case.on("cpu")), case.run(case.on("cuda"))

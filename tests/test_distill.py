@@ -51,7 +51,8 @@ TAPS = {"stem": "stem", "block.relu": "block"}
 
 
 def distiller(loss=None, student=None, teacher=None, taps=TAPS, **options):
-    student, teacher = student or Net(), teacher or Net(6, seed=1).eval()
+    student = Net() if student is None else student
+    teacher = Net(6, seed=1).eval() if teacher is None else teacher
     return Distiller(student, teacher, taps, FAQDLoss(lambda_label=0) if loss is None else loss, **options)
 
 
@@ -100,6 +101,18 @@ def test_the_hooks_go_when_they_are_told_to():
         raise ZeroDivisionError
     assert hooks_in(model) == 1
     other.remove()
+
+
+def test_the_hooks_go_with_the_taps():
+    model = Net()
+    taps = FeatureTaps(model, TAPS)
+    twin = copy.deepcopy(taps)
+    del taps
+    assert hooks_in(model) == 0
+    other = twin.model
+    assert hooks_in(other) == 2 and set(twin(images())[1]) == set(TAPS)
+    del twin
+    assert hooks_in(other) == 0
 
 
 def test_nothing_is_kept_when_the_model_raises():
@@ -225,6 +238,22 @@ def test_a_compiled_model_is_tapped_without_a_graph_break(way):
     assert model.stem.weight.grad is not None
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(taps.model(x), want[0])
+
+
+@COPIES
+def test_tapped_compiled_students_copy(way):
+    torch._dynamo.reset()
+    student = Net()
+    compiled = torch.compile(student, backend="eager")
+    model = distiller(student=compiled)
+    want = model(images())
+    for copied in (way(student), way(compiled)):
+        torch.testing.assert_close(copied(images()), want.logits)
+    twin = way(model)
+    assert_same(list(twin(images()).terms)[:3], list(want.terms)[:3])
+    assert twin.student_taps.model is twin.student
+    twin.remove()
+    assert hooks_in(twin.student) == 0 and hooks_in(student) == 2
 
 
 def test_taps_that_a_compiled_model_does_not_see_say_so():
@@ -537,6 +566,19 @@ def test_features_of_weight_0_are_not_taken():
     assert hooks_in(model.student) == hooks_in(model.teacher) == 0
     with pytest.raises(RuntimeError, match="the hooks are removed"):
         model(images())
+
+
+def test_the_hooks_go_with_the_distiller():
+    student, teacher = Net(), Net(6, seed=1).eval()
+    with distiller(student=student, teacher=teacher) as model:
+        assert hooks_in(student) == hooks_in(teacher) == 2
+        model(images()).loss.backward()
+    assert hooks_in(student) == hooks_in(teacher) == 0
+    model = distiller(student=student, teacher=teacher)
+    assert hooks_in(student) == hooks_in(teacher) == 2
+    del model
+    gc.collect()
+    assert hooks_in(student) == hooks_in(teacher) == 0
 
 
 def test_the_state_is_that_of_what_is_trained():

@@ -151,9 +151,18 @@ class Distiller(nn.Module):
         return self
 
     def remove(self) -> None:
-        """Removes the hooks from both networks; the distiller computes no features any more."""
+        """Removes the hooks from both networks; the distiller computes no features any more.
+
+        The end of a ``with`` block does it too, and so does the end of the distiller.
+        """
         self.student_taps.remove()
         self.teacher_taps.remove()
+
+    def __enter__(self) -> "Distiller":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.remove()
 
     @torch.no_grad()
     def _ask_teacher(self, images: Any) -> tuple[Any, dict[str, Tensor]]:

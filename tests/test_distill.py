@@ -514,6 +514,42 @@ def test_one_student_path_may_have_two_teachers():
     assert distiller(taps=taps)(images()).terms.fa > distiller(taps=taps[:1])(images()).terms.fa > 0
 
 
+def in_a_checkpoint(student, reentrant):
+    block = student.block
+    block.forward = lambda x: checkpoint(type(block).forward, block, x, use_reentrant=reentrant)
+    return student
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("why", ["frozen", "checkpoint"])
+def test_features_without_a_gradient_are_refused(why):
+    student = Net()
+    if why == "frozen":
+        student.stem.requires_grad_(False)
+        path, taps = "stem", TAPS
+    else:
+        path, taps = "block.bn", {"block.bn": "block", "block.relu": "block"}  # the last one has a gradient
+        in_a_checkpoint(student, reentrant=True)
+    model = distiller(student=student, taps=taps, connectors={path: Connector(4)})
+    message = f"must have a gradient where lambda_fa > 0, got none at '{path}': .* frozen, .* use_reentrant"
+    with pytest.raises(RuntimeError, match=message):
+        model(images())
+    with torch.no_grad():
+        assert model(images()).loss > 0
+    model.loss.lambda_fa = 0
+    model(images()).loss.backward()
+    model.loss.lambda_fa = 1
+    student.requires_grad_(False)
+    assert model.requires_grad_(False)(images()).loss > 0  # nothing is to be learned
+
+
+def test_features_in_a_checkpoint_that_is_not_reentrant_have_their_gradient():
+    want, model = distiller(), distiller(student=in_a_checkpoint(Net(), reentrant=False))
+    for each in (want, model):
+        each(images()).loss.backward()
+    torch.testing.assert_close(model.student.stem.weight.grad, want.student.stem.weight.grad)
+
+
 def test_a_teacher_is_left_as_it_was():
     teacher = Net(6, seed=1).eval()
     before = copy.deepcopy(teacher.state_dict())
@@ -699,6 +735,23 @@ def test_a_distiller_that_cannot_be_made_says_why(wrong, error, message):
     with pytest.raises(error, match=message):
         distiller(student=student, **wrong)
     assert hooks_in(student) == 0
+
+
+def test_a_student_that_shares_with_its_teacher_is_refused():
+    network, other = Net(), Net()
+    for student, got in ((network, "the same network"), (torchqat.prepare(network), "the same network")):
+        with pytest.raises(ValueError, match=rf"share modules, got {got}: .* copy.deepcopy\(teacher\)"):
+            distiller(student=student, teacher=network)
+    with pytest.raises(ValueError, match="share modules, got the student's '_orig_mod' in both"):
+        distiller(student=torch.compile(network), teacher=network)
+    other.block.bn = network.block.bn
+    with pytest.raises(ValueError, match="share modules, got the student's 'block.bn' in both"):
+        distiller(student=network, teacher=other)
+    other = Net()
+    other.head.weight = network.head.weight
+    with pytest.raises(ValueError, match="share parameters, got the student's 'head.weight' in both"):
+        distiller(student=network, teacher=other)
+    distiller(student=network, teacher=copy.deepcopy(network).eval())
 
 
 def test_teachers_of_other_classes_are_refused_by_shape():

@@ -51,7 +51,8 @@ TAPS = {"stem": "stem", "block.relu": "block"}
 
 
 def distiller(loss=None, student=None, teacher=None, taps=TAPS, **options):
-    student, teacher = student or Net(), teacher or Net(6, seed=1).eval()
+    student = Net() if student is None else student
+    teacher = Net(6, seed=1).eval() if teacher is None else teacher
     return Distiller(student, teacher, taps, FAQDLoss(lambda_label=0) if loss is None else loss, **options)
 
 
@@ -100,6 +101,18 @@ def test_the_hooks_go_when_they_are_told_to():
         raise ZeroDivisionError
     assert hooks_in(model) == 1
     other.remove()
+
+
+def test_the_hooks_go_with_the_taps():
+    model = Net()
+    taps = FeatureTaps(model, TAPS)
+    twin = copy.deepcopy(taps)
+    del taps
+    assert hooks_in(model) == 0
+    other = twin.model
+    assert hooks_in(other) == 2 and set(twin(images())[1]) == set(TAPS)
+    del twin
+    assert hooks_in(other) == 0
 
 
 def test_nothing_is_kept_when_the_model_raises():
@@ -225,6 +238,22 @@ def test_a_compiled_model_is_tapped_without_a_graph_break(way):
     assert model.stem.weight.grad is not None
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(taps.model(x), want[0])
+
+
+@COPIES
+def test_tapped_compiled_students_copy(way):
+    torch._dynamo.reset()
+    student = Net()
+    compiled = torch.compile(student, backend="eager")
+    model = distiller(student=compiled)
+    want = model(images())
+    for copied in (way(student), way(compiled)):
+        torch.testing.assert_close(copied(images()), want.logits)
+    twin = way(model)
+    assert_same(list(twin(images()).terms)[:3], list(want.terms)[:3])
+    assert twin.student_taps.model is twin.student
+    twin.remove()
+    assert hooks_in(twin.student) == 0 and hooks_in(student) == 2
 
 
 def test_taps_that_a_compiled_model_does_not_see_say_so():
@@ -485,6 +514,42 @@ def test_one_student_path_may_have_two_teachers():
     assert distiller(taps=taps)(images()).terms.fa > distiller(taps=taps[:1])(images()).terms.fa > 0
 
 
+def in_a_checkpoint(student, reentrant):
+    block = student.block
+    block.forward = lambda x: checkpoint(type(block).forward, block, x, use_reentrant=reentrant)
+    return student
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("why", ["frozen", "checkpoint"])
+def test_features_without_a_gradient_are_refused(why):
+    student = Net()
+    if why == "frozen":
+        student.stem.requires_grad_(False)
+        path, taps = "stem", TAPS
+    else:
+        path, taps = "block.bn", {"block.bn": "block", "block.relu": "block"}  # the last one has a gradient
+        in_a_checkpoint(student, reentrant=True)
+    model = distiller(student=student, taps=taps, connectors={path: Connector(4)})
+    message = f"must have a gradient where lambda_fa > 0, got none at '{path}': .* frozen, .* use_reentrant"
+    with pytest.raises(RuntimeError, match=message):
+        model(images())
+    with torch.no_grad():
+        assert model(images()).loss > 0
+    model.loss.lambda_fa = 0
+    model(images()).loss.backward()
+    model.loss.lambda_fa = 1
+    student.requires_grad_(False)
+    assert model.requires_grad_(False)(images()).loss > 0  # nothing is to be learned
+
+
+def test_features_in_a_checkpoint_that_is_not_reentrant_have_their_gradient():
+    want, model = distiller(), distiller(student=in_a_checkpoint(Net(), reentrant=False))
+    for each in (want, model):
+        each(images()).loss.backward()
+    torch.testing.assert_close(model.student.stem.weight.grad, want.student.stem.weight.grad)
+
+
 def test_a_teacher_is_left_as_it_was():
     teacher = Net(6, seed=1).eval()
     before = copy.deepcopy(teacher.state_dict())
@@ -537,6 +602,19 @@ def test_features_of_weight_0_are_not_taken():
     assert hooks_in(model.student) == hooks_in(model.teacher) == 0
     with pytest.raises(RuntimeError, match="the hooks are removed"):
         model(images())
+
+
+def test_the_hooks_go_with_the_distiller():
+    student, teacher = Net(), Net(6, seed=1).eval()
+    with distiller(student=student, teacher=teacher) as model:
+        assert hooks_in(student) == hooks_in(teacher) == 2
+        model(images()).loss.backward()
+    assert hooks_in(student) == hooks_in(teacher) == 0
+    model = distiller(student=student, teacher=teacher)
+    assert hooks_in(student) == hooks_in(teacher) == 2
+    del model
+    gc.collect()
+    assert hooks_in(student) == hooks_in(teacher) == 0
 
 
 def test_the_state_is_that_of_what_is_trained():
@@ -657,6 +735,23 @@ def test_a_distiller_that_cannot_be_made_says_why(wrong, error, message):
     with pytest.raises(error, match=message):
         distiller(student=student, **wrong)
     assert hooks_in(student) == 0
+
+
+def test_a_student_that_shares_with_its_teacher_is_refused():
+    network, other = Net(), Net()
+    for student, got in ((network, "the same network"), (torchqat.prepare(network), "the same network")):
+        with pytest.raises(ValueError, match=rf"share modules, got {got}: .* copy.deepcopy\(teacher\)"):
+            distiller(student=student, teacher=network)
+    with pytest.raises(ValueError, match="share modules, got the student's '_orig_mod' in both"):
+        distiller(student=torch.compile(network), teacher=network)
+    other.block.bn = network.block.bn
+    with pytest.raises(ValueError, match="share modules, got the student's 'block.bn' in both"):
+        distiller(student=network, teacher=other)
+    other = Net()
+    other.head.weight = network.head.weight
+    with pytest.raises(ValueError, match="share parameters, got the student's 'head.weight' in both"):
+        distiller(student=network, teacher=other)
+    distiller(student=network, teacher=copy.deepcopy(network).eval())
 
 
 def test_teachers_of_other_classes_are_refused_by_shape():

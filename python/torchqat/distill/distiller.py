@@ -58,9 +58,13 @@ class Distiller(nn.Module):
 
     Raises:
         TypeError: ``student`` or ``teacher`` is no module.
-        ValueError: no taps where ``lambda_fa > 0``; a path that does not exist (the message suggests the
+        ValueError: student and teacher share modules or parameters (make one of a ``copy.deepcopy`` of the
+            other); no taps where ``lambda_fa > 0``; a path that does not exist (the message suggests the
             nearest), or a connector for a path that is not tapped.
-        When called: as :class:`FeatureTaps` and :class:`FAQDLoss`.
+        RuntimeError: when called with gradients: features of the student that have none, though something of
+            the student does, where ``lambda_fa > 0``: what makes them is frozen, or it runs inside
+            ``torch.utils.checkpoint`` with ``use_reentrant=True``.
+        When called: as :class:`FeatureTaps` and :class:`FAQDLoss` too.
 
     A warning tells once that the teacher was in training mode; it is in eval mode from then on.
 
@@ -100,6 +104,7 @@ class Distiller(nn.Module):
         for name, model in (("student", student), ("teacher", teacher)):
             if not isinstance(model, nn.Module):
                 raise TypeError(f"Distiller: {name} must be a torch.nn.Module, got {type(model).__name__}")
+        _check_apart(student, teacher)
         self.student = student
         self.loss = FAQDLoss() if loss is None else loss
         self.align_corners = align_corners
@@ -127,6 +132,7 @@ class Distiller(nn.Module):
         teacher_logits, targets = self._ask_teacher(images)
         if self.loss.lambda_fa:
             logits, features = self.student_taps(images)
+            self._check_gradients(logits, features)
         else:
             logits, features = self.student(images), {}
         terms = self.loss(logits, teacher_logits, self._compared(features, targets), labels)
@@ -151,9 +157,18 @@ class Distiller(nn.Module):
         return self
 
     def remove(self) -> None:
-        """Removes the hooks from both networks; the distiller computes no features any more."""
+        """Removes the hooks from both networks; the distiller computes no features any more.
+
+        The end of a ``with`` block does it too, and so does the end of the distiller.
+        """
         self.student_taps.remove()
         self.teacher_taps.remove()
+
+    def __enter__(self) -> "Distiller":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.remove()
 
     @torch.no_grad()
     def _ask_teacher(self, images: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -167,6 +182,19 @@ class Distiller(nn.Module):
                 self.warned = True
             self.teacher.eval()
         return self.teacher_taps(images) if self.loss.lambda_fa else (self.teacher(images), {})
+
+    def _check_gradients(self, logits: Any, features: dict[str, Tensor]) -> None:
+        """Else the loss of features is computed, and the student learns nothing from it."""
+        constant = [path for path, feature in features.items() if not feature.requires_grad]
+        if not (constant and torch.is_grad_enabled()):
+            return
+        outputs = [logits] if isinstance(logits, Tensor) else []
+        if any(x.requires_grad for x in (*outputs, *self.student.parameters())):
+            raise RuntimeError(
+                f"Distiller: the student's features must have a gradient where lambda_fa > 0, got none at "
+                f"{', '.join(map(repr, constant))}: what makes them is frozen, or it runs inside "
+                "torch.utils.checkpoint with use_reentrant=True (False is fine)"
+            )
 
     def _compared(
         self, features: dict[str, Tensor], targets: dict[str, Tensor]
@@ -202,3 +230,16 @@ def _tapped(name: str, model: nn.Module, paths: list[str]) -> FeatureTaps:
         return FeatureTaps(model, paths)
     except ValueError as error:
         raise ValueError(f"{error} (the {name})") from None
+
+
+def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """What both have would be trained, quantized and put in eval mode as one."""
+    for kind, members in (("modules", nn.Module.named_modules), ("parameters", nn.Module.named_parameters)):
+        of_teacher = {id(member) for _, member in members(teacher)}
+        shared = [name for name, member in members(student) if id(member) in of_teacher]
+        if shared:
+            what = "the same network" if student is teacher else f"the student's {shared[0]!r} in both"
+            raise ValueError(
+                f"Distiller: student and teacher must not share {kind}, got {what}: torchqat.prepare works "
+                "in place, so make the student of copy.deepcopy(teacher)"
+            )

@@ -1,12 +1,14 @@
 """Feature maps from inside a model, by the names of its modules."""
 
 import difflib
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 
 class FeatureTaps:
@@ -14,10 +16,11 @@ class FeatureTaps:
 
     The modules get forward hooks, which collect during a call of this object and are without effect in all
     other calls of the model: nothing is kept afterwards, also when the model raises. The hooks stay until
-    :meth:`remove`, or the end of a ``with`` block.
+    :meth:`remove`, the end of a ``with`` block, or until this object is collected as garbage.
 
-    A copy of the model (``copy.deepcopy``, pickle) has the hooks too, without effect. In backward, where
-    ``torch.utils.checkpoint`` calls modules again, nothing is collected.
+    A copy of the model (``copy.deepcopy``, pickle) has the hooks too, without effect; a copy of this object
+    has a copy of the model, tapped. In backward, where ``torch.utils.checkpoint`` calls modules again,
+    nothing is collected.
 
     ``torch.compile`` traces through the hooks without a graph break, and features carry gradients. Tap a
     compiled model before its first call: it does not see later hooks, and calling the taps then raises. What
@@ -49,30 +52,44 @@ class FeatureTaps:
             raise TypeError(f"FeatureTaps: paths must be a list of names, got the string {paths!r}")
         self.model = model
         self.paths = list(dict.fromkeys(paths))
-        self._calls: dict[str, list[tuple[Any, int]]] | None = None  # only during a call
         modules = dict(_unwrapped(model).named_modules(remove_duplicate=False))
         for path in self.paths:
             if path not in modules:
                 raise ValueError(f"FeatureTaps: {_no_such_module(path, model, modules)}")
         self.removed = False
-        self._handles = [modules[path].register_forward_hook(_Hook(self, path)) for path in self.paths]
+        # Hooks know the collection and not this object: else the two would keep each other, and copies of the
+        # model would copy what stands around it here, as the wrapper of torch.compile.
+        self._collection = _Collection()
+        hooks = [(modules[path], _Hook(self._collection, path)) for path in self.paths]
+        self._handles = [module.register_forward_hook(hook) for module, hook in hooks]
+        self._remove_at_the_end()
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
         """The model's output for these arguments, and the features by path."""
         if self.removed:
             raise RuntimeError("FeatureTaps: the hooks are removed")
-        self._calls = {path: [] for path in self.paths}
+        self._collection.calls = {path: [] for path in self.paths}
         try:
             output = self.model(*args, **kwargs)
-            return output, {path: _only(path, calls) for path, calls in self._calls.items()}
+            return output, {path: _only(path, calls) for path, calls in self._collection.calls.items()}
         finally:
-            self._calls = None
+            self._collection.calls = None
 
     def remove(self) -> None:
         """Removes the hooks; a second time there is nothing to do."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self.removed = [], True
+        self._finalizer()
+        self.removed = True
+
+    def _remove_at_the_end(self) -> None:
+        self._finalizer = weakref.finalize(self, _remove, self._handles)
+        self._finalizer.atexit = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_finalizer"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remove_at_the_end()
 
     def __enter__(self) -> "FeatureTaps":
         return self
@@ -81,15 +98,30 @@ class FeatureTaps:
         self.remove()
 
 
-class _Hook:
-    """A forward hook that hands what a module returned to its taps."""
+class _Collection:
+    """What hooks share with their taps: the calls by path, during a call of the taps. Copies are empty."""
 
-    def __init__(self, taps: FeatureTaps, path: str):
-        self.taps, self.path = taps, path
+    def __init__(self):
+        self.calls: dict[str, list[tuple[Any, int]]] | None = None
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return _Collection, ()
+
+
+class _Hook:
+    """A forward hook that collects what a module returned."""
+
+    def __init__(self, collection: _Collection, path: str):
+        self.collection, self.path = collection, path
 
     def __call__(self, _module: nn.Module, _args: tuple, output: Any) -> None:
-        if self.taps._calls is not None:
-            self.taps._calls[self.path].append((output, _version(output)))
+        if self.collection.calls is not None:
+            self.collection.calls[self.path].append((output, _version(output)))
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _version(output: Any) -> int:

@@ -154,24 +154,35 @@ Form l1_by_tensor_cores(const Sizes& sizes) {
   return {run, pixels * (6 * student + 2 * teacher + 12)};
 }
 
-using Products = std::function<Affinity(const at::Tensor& unit, bool differentiate)>;
+using Products = std::function<at::Tensor(const UnitColumns& columns)>;
 
-// By matrix products of unit columns in float64, which make `scratch` numbers of their own for an image.
+// By matrix products of unit columns in float64, which hold `scratch` numbers for an image.
 Form by_products(const Sizes& sizes, int64_t scratch, const Products& products) {
   const auto run = [=](const Images& images, double eps) {
-    const int64_t channels = sizes.student + sizes.teacher;
-    const auto unit = empty({images.count(), channels, sizes.pixels}, images.student, at::kDouble);
-    const auto norms = empty({images.count(), sizes.pixels}, images.student, at::kDouble);
-    fill_unit<double>(images.student, eps, unit.narrow(1, 0, sizes.student),
-                      norms.mutable_data_ptr<double>());
-    fill_unit<double>(images.teacher, eps, unit.narrow(1, sizes.student, sizes.teacher), nullptr);
-    const auto affinity = products(unit, images.differentiate());
-    images.values.copy_(affinity.value);
-    if (images.differentiate())
-      fill_gradient<double>(images, features_of<const double>(affinity.gradient),
-                            norms.const_data_ptr<double>(), eps, 1);
+    at::Tensor norms;  // of the block that was made last
+    UnitColumns columns{sizes.student, sizes.teacher, sizes.pixels, {}, {}};
+    columns.block = [&](int64_t first, int64_t count) {
+      const auto unit =
+          empty({images.count(), sizes.student + sizes.teacher, count}, images.student, at::kDouble);
+      norms = empty({images.count(), count}, images.student, at::kDouble);
+      fill_unit<double>(images.student.narrow(2, first, count), eps, unit.narrow(1, 0, sizes.student),
+                        norms.mutable_data_ptr<double>());
+      fill_unit<double>(images.teacher.narrow(2, first, count), eps,
+                        unit.narrow(1, sizes.student, sizes.teacher), nullptr);
+      return unit;
+    };
+    if (images.differentiate()) {
+      columns.take_gradient = [&](int64_t first, const at::Tensor& gradient) {
+        const auto block = [&](const at::Tensor& t) { return t.narrow(2, first, gradient.size(2)); };
+        const Images part{block(images.student), images.teacher, images.values, block(images.gradient),
+                          images.weight};
+        fill_gradient<double>(part, features_of<const double>(gradient), norms.const_data_ptr<double>(), eps,
+                              1);
+      };
+    }
+    images.values.copy_(products(columns));
   };
-  return {run, 8 * (sizes.pixels * (2 * sizes.student + sizes.teacher + 1) + scratch)};
+  return {run, 8 * scratch};
 }
 
 // The values of all images, and the gradient in the student's features where `gradient` is defined. So many
@@ -205,12 +216,8 @@ at::Tensor exact(const at::Tensor& student, const at::Tensor& teacher, std::stri
   const Sizes sizes = sizes_of(student, teacher);
   const auto form = [&] {
     if (norm == "fro") {
-      const int64_t channels = sizes.student + sizes.teacher;
-      const int64_t scratch =
-          std::min(sizes.pixels * sizes.pixels, channels * channels);  // S, or Gram matrices
-      return by_products(sizes, scratch, [=](const at::Tensor& unit, bool differentiate) {
-        return frobenius_affinity(unit, sizes.student, differentiate);
-      });
+      const int64_t scratch = affinity_scratch(sizes.student, sizes.teacher, sizes.pixels, /*probes=*/0);
+      return by_products(sizes, scratch, frobenius_affinity);
     }
     if (dtype == at::kDouble) return l1_in<double>(sizes);
     // Tensor cores take one of the two half precisions; else the columns are in float.
@@ -225,12 +232,10 @@ at::Tensor exact(const at::Tensor& student, const at::Tensor& teacher, std::stri
 at::Tensor fast(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& probes,
                 std::string_view norm, double eps, double weight, const at::Tensor& gradient) {
   const c10::cuda::CUDAGuard device(student.device());
-  const auto columns = probes.to(at::kDouble);
-  const auto products = [&](const at::Tensor& unit, bool differentiate) {
-    return fast_affinity(unit, student.size(1), columns, norm, differentiate);
-  };
+  const auto wide = probes.to(at::kDouble);
   const Sizes sizes = sizes_of(student, teacher);
-  const int64_t scratch = probes.size(1) * (2 * sizes.pixels + 2 * sizes.student + sizes.teacher);
+  const int64_t scratch = affinity_scratch(sizes.student, sizes.teacher, sizes.pixels, probes.size(1));
+  const auto products = [&](const UnitColumns& columns) { return fast_affinity(columns, wide, norm); };
   return run(student, teacher, eps, weight, gradient, by_products(sizes, scratch, products));
 }
 

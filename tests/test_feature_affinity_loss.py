@@ -24,6 +24,7 @@ SIZES = [
     (2, 8, 24, (20, 21)),  # more than a tile
     (5, 6, 6, (1, 1)),  # one pixel
     (40, 4, 4, (9, 9)),  # several images together
+    (2, 256, 300, (34, 34)),  # more than a block of unit columns
 ]
 
 

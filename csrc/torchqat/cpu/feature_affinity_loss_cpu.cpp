@@ -3,7 +3,6 @@
 #include <ATen/autocast_mode.h>
 
 #include <algorithm>
-#include <functional>
 
 #include "torchqat/cpu/feature_affinity_kernels.h"
 #include "torchqat/ops/affinity_products.h"
@@ -16,41 +15,6 @@ namespace {
 constexpr int64_t kTile = 256;
 // Images are taken together until their unit columns have so many elements, to make calls worth their while.
 constexpr int64_t kGrain = 1 << 16;
-
-// The sum of |S_ij| over i != j, tile by tile of the upper triangle of S, in the dtype of `unit`.
-template <typename W>
-Affinity l1_affinity(const at::Tensor& unit, int64_t student_channels, bool differentiate) {
-  const int64_t images = unit.size(0);
-  const int64_t pixels = unit.size(2);
-  const auto a = unit.narrow(1, 0, student_channels);
-  const auto b = unit.narrow(1, student_channels, unit.size(1) - student_channels);
-  Affinity result{at::zeros({images}, at::kDouble), {}};
-  if (differentiate) result.gradient = at::zeros_like(a, at::MemoryFormat::Contiguous);
-  auto* values = result.value.mutable_data_ptr<double>();
-  const auto take_signs = TORCHQAT_BEST_ISA(take_signs<W>);
-  const auto columns = [](const at::Tensor& t, int64_t from) {
-    return t.narrow(2, from, std::min(kTile, t.size(2) - from));
-  };
-  for (int64_t i = 0; i < pixels; i += kTile) {
-    const auto a_i = columns(a, i);
-    const auto b_i = columns(b, i).mT();
-    for (int64_t j = i; j < pixels; j += kTile) {
-      const auto a_j = columns(a, j);
-      auto s = at::bmm(a_i.mT(), a_j);
-      s.baddbmm_(b_i, columns(b, j), /*beta=*/1, /*alpha=*/-1);
-      if (i == j) s.diagonal(0, 1, 2).zero_();  // rounding noise
-      for (int64_t k = 0; k < images; ++k) {
-        values[k] +=
-            (i == j ? 1 : 2) * take_signs(s.template mutable_data_ptr<W>() + k * s.stride(0), s.stride(0));
-      }
-      if (!differentiate) continue;
-      columns(result.gradient, i).baddbmm_(a_j, s.mT());
-      if (i != j) columns(result.gradient, j).baddbmm_(a_i, s);
-    }
-  }
-  if (differentiate) result.gradient.mul_(2);
-  return result;
-}
 
 template <typename S>
 Columns<S> columns_of(const at::Tensor& features, int64_t image) {
@@ -92,19 +56,95 @@ void fill_gradient(const at::Tensor& grad, const at::Tensor& features, const at:
       });
 }
 
-using Products = std::function<Affinity(const at::Tensor& unit, bool differentiate)>;
+// Some images: their features as columns, their values, and the gradient, undefined where none is wanted.
+struct Images {
+  at::Tensor student, teacher, values, gradient;
+};
 
-// The values of all images, and the gradient in the student's features where `gradient` is defined. W is what
-// `products` compute with.
+// The sums of |S_ij| over i != j, tile by tile of the upper triangle of S, in the dtype of `unit`.
+// `gradient`, where it is defined, gets that in the student's unit columns.
 template <typename W>
-at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, double eps, double weight,
-               const at::Tensor& gradient, const Products& products) {
+void l1_affinity(const at::Tensor& unit, const at::Tensor& values, const at::Tensor& gradient,
+                 int64_t student_channels) {
+  const int64_t images = unit.size(0);
+  const int64_t pixels = unit.size(2);
+  const auto a = unit.narrow(1, 0, student_channels);
+  const auto b = unit.narrow(1, student_channels, unit.size(1) - student_channels);
+  auto* sums = values.zero_().mutable_data_ptr<double>();
+  if (gradient.defined()) gradient.zero_();
+  const auto take_signs = TORCHQAT_BEST_ISA(take_signs<W>);
+  const auto columns = [](const at::Tensor& t, int64_t from) {
+    return t.narrow(2, from, std::min(kTile, t.size(2) - from));
+  };
+  for (int64_t i = 0; i < pixels; i += kTile) {
+    const auto a_i = columns(a, i);
+    const auto b_i = columns(b, i).mT();
+    for (int64_t j = i; j < pixels; j += kTile) {
+      const auto a_j = columns(a, j);
+      auto s = at::bmm(a_i.mT(), a_j);
+      s.baddbmm_(b_i, columns(b, j), /*beta=*/1, /*alpha=*/-1);
+      if (i == j) s.diagonal(0, 1, 2).zero_();  // rounding noise
+      for (int64_t k = 0; k < images; ++k) {
+        sums[k] +=
+            (i == j ? 1 : 2) * take_signs(s.template mutable_data_ptr<W>() + k * s.stride(0), s.stride(0));
+      }
+      if (!gradient.defined()) continue;
+      columns(gradient, i).baddbmm_(a_j, s.mT());
+      if (i != j) columns(gradient, j).baddbmm_(a_i, s);
+    }
+  }
+}
+
+template <typename W>
+void run_l1(const Images& images, double eps, double weight) {
+  const int64_t channels = images.student.size(1);
+  const int64_t others = images.teacher.size(1);
+  const auto dtype = c10::CppTypeToScalarType<W>::value;
+  const int64_t count = images.student.size(0);
+  const int64_t pixels = images.student.size(2);
+  const auto unit = at::empty({count, channels + others, pixels}, dtype);
+  const auto norms = at::empty({2, count, pixels}, at::kDouble);
+  fill_unit<W>(images.student, eps, unit, norms[0]);
+  fill_unit<W>(images.teacher, eps, unit.narrow(1, channels, others), norms[1]);
+  at::Tensor gradient = images.gradient;
+  if (gradient.defined() && !(gradient.scalar_type() == dtype && gradient.is_contiguous()))
+    gradient = at::empty({count, channels, pixels}, dtype);
+  l1_affinity<W>(unit, images.values, gradient, channels);
+  if (gradient.defined())
+    fill_gradient<W>(gradient, images.student, norms[0], eps, 2 * weight, images.gradient);
+}
+
+template <typename Products>
+void run_products(const Images& images, double eps, double weight, Products&& products) {
+  const int64_t channels = images.student.size(1);
+  const int64_t others = images.teacher.size(1);
+  at::Tensor norms;  // of the block that was made last
+  UnitColumns columns{channels, others, images.student.size(2), {}, {}};
+  columns.block = [&](int64_t first, int64_t count) {
+    const auto unit = at::empty({images.student.size(0), channels + others, count}, at::kDouble);
+    norms = at::empty({2, images.student.size(0), count}, at::kDouble);
+    fill_unit<double>(images.student.narrow(2, first, count), eps, unit, norms[0]);
+    fill_unit<double>(images.teacher.narrow(2, first, count), eps, unit.narrow(1, channels, others),
+                      norms[1]);
+    return unit;
+  };
+  if (images.gradient.defined()) {
+    columns.take_gradient = [&](int64_t first, const at::Tensor& gradient) {
+      const auto block = [&](const at::Tensor& t) { return t.narrow(2, first, gradient.size(2)); };
+      fill_gradient<double>(gradient, block(images.student), norms[0], eps, weight, block(images.gradient));
+    };
+  }
+  images.values.copy_(products(columns));
+}
+
+// Calls f(Images) for all images, some at a time, in parallel; returns their values.
+template <typename F>
+at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& gradient, F&& f) {
   const auto a = as_columns(student);
   const auto b = as_columns(teacher);
   const auto grad = gradient.defined() ? as_columns(gradient) : gradient;
   const auto values = at::empty({a.size(0)}, at::kDouble);
-  const int64_t channels = a.size(1) + b.size(1);
-  const int64_t together = std::max<int64_t>(1, kGrain / (channels * a.size(2)));
+  const int64_t together = std::max<int64_t>(1, kGrain / ((a.size(1) + b.size(1)) * a.size(2)));
   const int64_t parts = at::divup(a.size(0), together);
   // Never fewer than two parts: inside a parallel region a matrix product runs on one thread, and the order
   // of its sums does not depend on how many there are.
@@ -115,15 +155,7 @@ at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, double eps,
       const auto of_part = [&](const at::Tensor& t) {
         return t.narrow(0, part * together, std::min(together, t.size(0) - part * together));
       };
-      const auto students = of_part(a);
-      const auto options = at::TensorOptions(c10::CppTypeToScalarType<W>::value);
-      const auto unit = at::empty({students.size(0), channels, a.size(2)}, options);
-      const auto norms = at::empty({2, students.size(0), a.size(2)}, at::kDouble);
-      fill_unit<W>(students, eps, unit, norms[0]);
-      fill_unit<W>(of_part(b), eps, unit.narrow(1, a.size(1), b.size(1)), norms[1]);
-      const auto affinity = products(unit, grad.defined());
-      of_part(values).copy_(affinity.value);
-      if (grad.defined()) fill_gradient<W>(affinity.gradient, students, norms[0], eps, weight, of_part(grad));
+      f(Images{of_part(a), of_part(b), of_part(values), grad.defined() ? of_part(grad) : grad});
     }
   });
   if (grad.defined() && !grad.is_alias_of(gradient)) gradient.copy_(grad.view_as(gradient));
@@ -132,23 +164,21 @@ at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, double eps,
 
 at::Tensor exact(const at::Tensor& student, const at::Tensor& teacher, std::string_view norm, double eps,
                  double weight, const at::Tensor& gradient, at::ScalarType dtype) {
-  const int64_t channels = student.size(1);
-  if (norm == "fro") {
-    return run<double>(student, teacher, eps, weight, gradient,
-                       [=](const at::Tensor& unit, bool d) { return frobenius_affinity(unit, channels, d); });
-  }
-  return AT_DISPATCH_FLOATING_TYPES(dtype, "feature_affinity_cpu", [&] {
-    return run<scalar_t>(student, teacher, eps, weight, gradient, [=](const at::Tensor& unit, bool d) {
-      return l1_affinity<scalar_t>(unit, channels, d);
-    });
+  return run(student, teacher, gradient, [&](const Images& images) {
+    if (norm == "fro") {
+      run_products(images, eps, weight, frobenius_affinity);
+    } else {
+      dtype == at::kDouble ? run_l1<double>(images, eps, weight) : run_l1<float>(images, eps, weight);
+    }
   });
 }
 
 at::Tensor fast(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& probes,
                 std::string_view norm, double eps, double weight, const at::Tensor& gradient) {
-  const auto columns = probes.to(at::kDouble);
-  return run<double>(student, teacher, eps, weight, gradient, [&](const at::Tensor& unit, bool d) {
-    return fast_affinity(unit, student.size(1), columns, norm, d);
+  const auto wide = probes.to(at::kDouble);
+  return run(student, teacher, gradient, [&](const Images& images) {
+    run_products(images, eps, weight,
+                 [&](const UnitColumns& columns) { return fast_affinity(columns, wide, norm); });
   });
 }
 

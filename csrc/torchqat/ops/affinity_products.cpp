@@ -1,64 +1,154 @@
 #include "torchqat/ops/affinity_products.h"
 
+#include <algorithm>
+
 #include "torchqat/math/feature_affinity.h"
 
 namespace torchqat {
 namespace {
+
+// Numbers in the unit columns of a block of an image, 4 MiB: small beside the features of images that are
+// larger.
+constexpr int64_t kBlockNumbers = 1 << 19;
+
+int64_t pixels_of_block(int64_t channels, int64_t pixels) {
+  return std::clamp<int64_t>(kBlockNumbers / channels, 1, pixels);
+}
+
+bool takes_pixels(int64_t student_channels, int64_t teacher_channels, int64_t pixels) {
+  const auto flops = math::affinity_flops(student_channels, teacher_channels, pixels, /*probes=*/0);
+  return flops.direct <= flops.gram;
+}
+
+// A block of pixels, and the student's and the teacher's part of its columns.
+struct Block {
+  int64_t first;
+  at::Tensor unit, student, teacher;
+};
+
+// Calls f(block) for all blocks in turn. A block that has all pixels is made once only.
+class Blocks {
+ public:
+  explicit Blocks(const UnitColumns& columns)
+      : columns_(columns),
+        count_(pixels_of_block(columns.student_channels + columns.teacher_channels, columns.pixels)) {}
+
+  bool is_one() const { return count_ == columns_.pixels; }
+  template <typename F>
+  void for_each(F&& f) {
+    for (int64_t first = 0; first < columns_.pixels; first += count_) {
+      if (!all_.defined() || !is_one())
+        all_ = columns_.block(first, std::min(count_, columns_.pixels - first));
+      f(Block{first, all_, all_.narrow(1, 0, columns_.student_channels),
+              all_.narrow(1, columns_.student_channels, columns_.teacher_channels)});
+    }
+  }
+
+ private:
+  const UnitColumns& columns_;
+  int64_t count_;
+  at::Tensor all_;
+};
+
+// sum += a b, where `sum` is undefined at first.
+void add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
+  sum.defined() ? sum.baddbmm_(a, b) : sum = at::bmm(a, b);
+}
 
 // The sum of the products of two matrices' elements, for each image.
 at::Tensor product_sum(const at::Tensor& a, const at::Tensor& b) {
   return at::bmm(a.flatten(1).unsqueeze(1), b.flatten(1).unsqueeze(2)).view({a.size(0)});
 }
 
-Affinity by_pixels(const at::Tensor& a, const at::Tensor& b, bool differentiate) {
+at::Tensor by_pixels(const UnitColumns& columns) {
+  const auto unit = columns.block(0, columns.pixels);
+  const auto a = unit.narrow(1, 0, columns.student_channels);
+  const auto b = unit.narrow(1, columns.student_channels, columns.teacher_channels);
   auto s = at::bmm(a.mT(), a);
   s.baddbmm_(b.mT(), b, /*beta=*/1, /*alpha=*/-1);
-  Affinity result{product_sum(s, s), {}};
-  if (differentiate) result.gradient = at::bmm(a, s).mul_(4);
-  return result;
+  if (columns.take_gradient) columns.take_gradient(0, at::bmm(a, s).mul_(4));
+  return product_sum(s, s);
 }
 
-Affinity by_channels(const at::Tensor& unit, const at::Tensor& a, const at::Tensor& b, bool differentiate) {
-  const auto grams = at::bmm(a, unit.mT());  // [AA', AB']
-  const auto own = grams.narrow(2, 0, a.size(1));
-  const auto cross = grams.narrow(2, a.size(1), b.size(1));
-  const auto teachers = at::bmm(b, b.mT());
-  Affinity result{product_sum(own, own) + product_sum(teachers, teachers) - 2 * product_sum(cross, cross),
-                  {}};
-  if (differentiate) {  // 4 [(AA')A - (AB')B]
+at::Tensor by_channels(const UnitColumns& columns) {
+  at::Tensor grams;  // [AA', AB']
+  at::Tensor teachers;
+  Blocks blocks(columns);
+  blocks.for_each([&](const Block& block) {
+    add_product(grams, block.student, block.unit.mT());
+    add_product(teachers, block.teacher, block.teacher.mT());
+  });
+  const auto own = grams.narrow(2, 0, columns.student_channels);
+  const auto cross = grams.narrow(2, columns.student_channels, columns.teacher_channels);
+  const auto values = product_sum(own, own) + product_sum(teachers, teachers) - 2 * product_sum(cross, cross);
+  if (columns.take_gradient) {  // 4 [(AA')A - (AB')B]
     own.mul_(4);
     cross.mul_(-4);
-    result.gradient = at::bmm(grams, unit);
+    blocks.for_each(
+        [&](const Block& block) { columns.take_gradient(block.first, at::bmm(grams, block.unit)); });
   }
-  return result;
+  return values;
 }
 
 }  // namespace
 
-Affinity frobenius_affinity(const at::Tensor& unit, int64_t student_channels, bool differentiate) {
-  const int64_t teacher_channels = unit.size(1) - student_channels;
-  const auto a = unit.narrow(1, 0, student_channels);
-  const auto b = unit.narrow(1, student_channels, teacher_channels);
-  const auto flops = math::affinity_flops(student_channels, teacher_channels, unit.size(2), /*probes=*/0);
-  return flops.direct <= flops.gram ? by_pixels(a, b, differentiate) : by_channels(unit, a, b, differentiate);
+at::Tensor frobenius_affinity(const UnitColumns& columns) {
+  const bool direct = takes_pixels(columns.student_channels, columns.teacher_channels, columns.pixels);
+  return direct ? by_pixels(columns) : by_channels(columns);
 }
 
-Affinity fast_affinity(const at::Tensor& unit, int64_t student_channels, const at::Tensor& probes,
-                       std::string_view norm, bool differentiate) {
-  const auto a = unit.narrow(1, 0, student_channels);
-  const auto b = unit.narrow(1, student_channels, unit.size(1) - student_channels);
-  const auto v = probes.unsqueeze(0).expand({unit.size(0), -1, -1});
-  const auto av = at::bmm(a, v);
-  auto r = at::bmm(a.mT(), av);  // SV
-  r.baddbmm_(b.mT(), at::bmm(b, v), /*beta=*/1, /*alpha=*/-1);
-  const double weight = 1.0 / probes.size(1);
-  Affinity result{(norm == "l1" ? r.abs().sum({1, 2}) : product_sum(r, r)).mul_(weight), {}};
-  if (differentiate) {  // [(AR)V' + (AV)R'] of R = dvalue/d(SV)
-    norm == "l1" ? r.sgn_().mul_(weight) : r.mul_(2 * weight);
-    result.gradient = at::bmm(at::bmm(a, r), v.mT());
-    result.gradient.baddbmm_(av, r.mT());
+at::Tensor fast_affinity(const UnitColumns& columns, const at::Tensor& probes, std::string_view norm) {
+  const double weight = 1.0 / static_cast<double>(probes.size(1));
+  const auto probes_of = [&](const Block& block) {
+    return probes.narrow(0, block.first, block.unit.size(2))
+        .unsqueeze(0)
+        .expand({block.unit.size(0), -1, -1});
+  };
+  Blocks blocks(columns);
+  at::Tensor av;
+  at::Tensor bv;
+  blocks.for_each([&](const Block& block) {
+    add_product(av, block.student, probes_of(block));
+    add_product(bv, block.teacher, probes_of(block));
+  });
+  // SV of the block's pixels.
+  const auto probed = [&](const Block& block) {
+    auto sv = at::bmm(block.student.mT(), av);
+    return sv.baddbmm_(block.teacher.mT(), bv, /*beta=*/1, /*alpha=*/-1);
+  };
+  // The derivative of the value in SV, in its place.
+  const auto derivative = [&](const at::Tensor& sv) {
+    return norm == "l1" ? sv.sgn_().mul_(weight) : sv.mul_(2 * weight);
+  };
+  at::Tensor values;
+  at::Tensor ar;
+  at::Tensor of_all;  // the derivative, where one block has all pixels
+  blocks.for_each([&](const Block& block) {
+    const auto sv = probed(block);
+    const auto value = norm == "l1" ? sv.abs().sum({1, 2}) : product_sum(sv, sv);
+    values.defined() ? values.add_(value) : values = value;
+    if (!columns.take_gradient) return;
+    of_all = derivative(sv);
+    add_product(ar, block.student, of_all);
+  });
+  if (columns.take_gradient) {  // (AR)V' + (AV)R'
+    blocks.for_each([&](const Block& block) {
+      const auto r = blocks.is_one() ? of_all : derivative(probed(block));
+      auto gradient = at::bmm(ar, probes_of(block).mT());
+      columns.take_gradient(block.first, gradient.baddbmm_(av, r.mT()));
+    });
   }
-  return result;
+  return values.mul_(weight);
+}
+
+int64_t affinity_scratch(int64_t student_channels, int64_t teacher_channels, int64_t pixels, int64_t probes) {
+  const int64_t both = student_channels + teacher_channels;
+  const bool direct = probes == 0 && takes_pixels(student_channels, teacher_channels, pixels);
+  const int64_t block = direct ? pixels : pixels_of_block(both, pixels);
+  const int64_t products = direct        ? pixels * pixels
+                           : probes == 0 ? both * both
+                                         : probes * (2 * both + 2 * block);
+  return block * (both + student_channels + 2) + products;
 }
 
 }  // namespace torchqat

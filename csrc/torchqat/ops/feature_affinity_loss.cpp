@@ -102,7 +102,8 @@ at::Tensor scaled_gradient_meta(const at::Tensor& /*grad*/, const at::Tensor& gr
 
 // The gradient in the features, of their dtype, from that in the loss and what forward kept.
 at::Tensor scaled_gradient(const at::Tensor& grad, const at::Tensor& gradient, at::ScalarType dtype) {
-  return (gradient * grad).to(dtype);
+  auto result = at::empty_like(gradient, gradient.options().dtype(dtype));
+  return at::mul_out(result, gradient, grad);
 }
 
 auto scaled_gradient_op() {

@@ -461,6 +461,13 @@ def test_bad_options_of_the_loss_are_named(options, message):
         FAQDLoss(**options)
 
 
+def test_pairs_of_features_that_do_not_fit_are_numbered():
+    wrong = [*pairs(), (torch.ones(1, 2, 3), torch.ones(1, 2, 4))]
+    for names, message in (((), "pair 2 of features"), (("a", "b", "c"), "c")):
+        with pytest.raises(ValueError, match=rf"spatial shape of student, \[3\], got \[4\] \({message}\)"):
+            FAQDLoss(lambda_kd=0)(torch.ones(1, 2), None, wrong, names=names)
+
+
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
@@ -759,6 +766,73 @@ def test_teachers_of_other_classes_are_refused_by_shape():
     teacher.head = nn.Linear(4, 7).eval()
     with pytest.raises(ValueError, match=r"logits of one shape, got \[6, 5\] and \[6, 7\]"):
         distiller(teacher=teacher)(images())
+
+
+class Refuses(nn.Module):
+    def forward(self, *_features):
+        raise torch.OutOfMemoryError("not here")
+
+
+def with_head(teacher, head):
+    teacher.head = head
+    return teacher.eval()
+
+
+@pytest.mark.parametrize("way", ["call", "build"])
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (
+            dict(taps={"stem": "stem", "head": "head"}),
+            ValueError,
+            r"student must have shape .*, got \[6, 5\] \(the student's 'head', the teacher's 'head'\)",
+        ),
+        (
+            dict(taps={"stem": "head"}),
+            ValueError,
+            r"resize_like: .*, got .* \(the student's 'stem', the teacher's 'head'\)",
+        ),
+        (
+            dict(connectors={"stem": Connector(7)}),
+            ValueError,
+            r"Connector: .*, got \[6, 4, 6, 6\] \(the connector of the student's 'stem'\)",
+        ),
+        (dict(loss=FAQDLoss(lambda_label=0, fa=Refuses())), torch.OutOfMemoryError, "^not here$"),
+        (
+            dict(teacher=with_head(Net(), nn.Linear(4, 7))),
+            ValueError,
+            r"one shape, got \[6, 5\] and \[6, 7\]",
+        ),
+        (
+            dict(teacher=with_head(Net(), nn.LSTM(4, 5))),
+            TypeError,
+            "teacher_logits must be a tensor, got tuple",
+        ),
+        (
+            dict(student=with_head(Net(), nn.LSTM(4, 5))),
+            TypeError,
+            "student_logits must be a tensor, got tuple",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_when_called_and_when_built(options, error, message, way):
+    model = distiller(**options)
+    with pytest.raises(error, match=message):
+        (model if way == "call" else model.build)(images())
+
+
+def test_building_runs_the_loss_and_draws_nothing():
+    model, other = (
+        distiller(FAQDLoss(fa=FastFeatureAffinityLoss()), connectors={"stem": LazyConnector()})
+        for _ in range(2)
+    )
+    torch.manual_seed(3)
+    model.build(images())
+    torch.manual_seed(3)
+    model.loss.fa.register_forward_hook(lambda *_: seen.append(0))
+    seen, labels = [], torch.zeros(6, dtype=torch.long)
+    assert_same(list(model.build(images())(images(), labels).terms), list(other(images(), labels).terms))
+    assert len(seen) == 2 * len(TAPS)
 
 
 def test_it_is_part_of_the_package_and_prints():

@@ -1,5 +1,6 @@
 """Student, teacher, taps, connectors and loss in one object."""
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchqat.distill.connector import resize_like
-from torchqat.distill.loss import FAQDLoss, FAQDTerms
+from torchqat.distill.loss import FAQDLoss, FAQDTerms, naming
 from torchqat.distill.taps import FeatureTaps
 
 
@@ -135,23 +136,29 @@ class Distiller(nn.Module):
             self._check_gradients(logits, features)
         else:
             logits, features = self.student(images), {}
-        terms = self.loss(logits, teacher_logits, self._compared(features, targets), labels)
+        compared = self._compared(features, targets)
+        terms = self.loss(logits, teacher_logits, compared, labels, names=self._names())
         return Distilled(terms.loss, logits, terms)
 
     def build(self, images: Any) -> "Distiller":
-        """Runs both networks once, in eval mode and without gradients, so that a :class:`LazyConnector` gets
-        its parameters, and paths and features that do not fit raise before training begins.
+        """Runs both networks and the loss but for the labels once, in eval mode and without gradients, so
+        that a :class:`LazyConnector` gets its parameters, and logits and features that do not fit raise
+        before training begins.
 
-        Training modes are afterwards what they were. Returns the distiller.
+        Training modes are afterwards what they were, and so is what the loss keeps: the probes' generator
+        has not moved. Returns the distiller.
         """
         modes = {module: module.training for module in self.modules()}
+        kept = copy.deepcopy(self.loss.state_dict())
         self.eval()
         try:
             with torch.no_grad():
-                _, targets = self._ask_teacher(images)
-                _, features = self.student_taps(images)
-                list(self._compared(features, targets))
+                teacher_logits, targets = self._ask_teacher(images)
+                logits, features = self.student_taps(images)
+                compared = list(self._compared(features, targets))
+                self.loss.terms_of_teacher(logits, teacher_logits, compared, names=self._names())
         finally:
+            self.loss.load_state_dict(kept)
             for module, mode in modes.items():
                 module.training = mode
         return self
@@ -202,10 +209,14 @@ class Distiller(nn.Module):
         """Pairs of student's and teacher's features, on the student's grid."""
         for path, connector in zip(self.connected, self.connectors, strict=True):
             if path in features:
-                features[path] = connector(features[path])
-        for of_student, of_teacher in self.pairs if targets else ():
-            feature = features[of_student]
-            yield feature, resize_like(targets[of_teacher], feature, align_corners=self.align_corners)
+                name = f"the connector of the student's {path!r}"
+                features[path] = naming(name, connector, features[path])
+        for name, (of_student, of_teacher) in zip(self._names(), self.pairs, strict=True) if targets else ():
+            feature, target = features[of_student], targets[of_teacher]
+            yield feature, naming(name, resize_like, target, feature, align_corners=self.align_corners)
+
+    def _names(self) -> list[str]:
+        return [f"the student's {student!r}, the teacher's {teacher!r}" for student, teacher in self.pairs]
 
     def _apply(self, *args: Any, **kwargs: Any) -> "Distiller":
         self.teacher._apply(*args, **kwargs)

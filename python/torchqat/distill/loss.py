@@ -1,7 +1,7 @@
 """The loss that a quantized student is distilled with."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -115,14 +115,13 @@ class FAQDLoss(nn.Module):
         teacher_logits: Tensor | None = None,
         features: Iterable[tuple[Tensor, Tensor]] = (),
         labels: Any = None,
+        *,
+        names: Sequence[str] = (),
     ) -> FAQDTerms:
-        """``features`` are pairs of student's and teacher's, on equal grids (:func:`resize_like`)."""
+        """``features`` are pairs of student's and teacher's, on equal grids (:func:`resize_like`); ``names``,
+        where given, are what errors call these pairs."""
         student_logits = _wide("student_logits", student_logits)
-        terms: dict[str, Tensor] = {}
-        if self.lambda_kd:
-            terms["kd"] = self._distance(student_logits, _wide("teacher_logits", teacher_logits))
-        if self.lambda_fa:
-            terms["fa"] = self._affinity(features)
+        terms = self.terms_of_teacher(student_logits, teacher_logits, features, names=names)
         if self.lambda_label:
             if labels is None:
                 raise ValueError(
@@ -132,6 +131,23 @@ class FAQDLoss(nn.Module):
             terms["label"] = F.cross_entropy(student_logits, labels)
         loss = sum(getattr(self, f"lambda_{name}") * term for name, term in terms.items())
         return FAQDTerms(loss, **{name: term.detach() for name, term in terms.items()})
+
+    def terms_of_teacher(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None = None,
+        features: Iterable[tuple[Tensor, Tensor]] = (),
+        *,
+        names: Sequence[str] = (),
+    ) -> dict[str, Tensor]:
+        """The terms that need no labels, ``kd`` and ``fa``, without their weights; none of weight 0."""
+        student_logits = _wide("student_logits", student_logits)
+        terms = {}
+        if self.lambda_kd:
+            terms["kd"] = self._distance(student_logits, _wide("teacher_logits", teacher_logits))
+        if self.lambda_fa:
+            terms["fa"] = self._affinity(features, names)
+        return terms
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         if student.shape != teacher.shape:
@@ -145,8 +161,11 @@ class FAQDLoss(nn.Module):
         divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
         return self.temperature**2 * divergence.mean()
 
-    def _affinity(self, features: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        losses = [self.fa(student, teacher) for student, teacher in features]
+    def _affinity(self, features: Iterable[tuple[Tensor, Tensor]], names: Sequence[str]) -> Tensor:
+        losses = []
+        for student, teacher in features:
+            name = names[len(losses)] if names else f"pair {len(losses)} of features"
+            losses.append(naming(name, self.fa, student, teacher))
         if not losses:
             raise ValueError(
                 "FAQDLoss: features must hold at least one pair where lambda_fa > 0, got none; "
@@ -157,6 +176,17 @@ class FAQDLoss(nn.Module):
     def extra_repr(self) -> str:
         weights = f"{self.lambda_kd}, {self.lambda_fa}, {self.lambda_label}, kd={self.kd!r}"
         return weights + (f", temperature={self.temperature}" if self.kd == "kl" else "")
+
+
+def naming(name: str, function: Callable, *args: Any, **options: Any) -> Any:
+    """Calls a function; an error that is raised says what it was called for."""
+    try:
+        return function(*args, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        # Subclasses are made in ways of their own, and are looked for by type: torch.OutOfMemoryError.
+        if type(error) not in (TypeError, ValueError, RuntimeError):
+            raise
+        raise type(error)(f"{error} ({name})") from error
 
 
 def _wide(name: str, logits: Any) -> Tensor:

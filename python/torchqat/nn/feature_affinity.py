@@ -54,7 +54,7 @@ class FeatureAffinityLoss(torch.nn.Module):
         self.reduction = reduction
         self.eps = eps
         # The operator knows what its options may be: ask it rather than keep a second list.
-        pixel = torch.ones(1, 1, 1)
+        pixel = torch.empty(1, 1, 1, device="meta")
         F.feature_affinity_loss(pixel, pixel, **self.options())
 
     def options(self) -> dict[str, Any]:
@@ -181,6 +181,8 @@ class FastFeatureAffinityLoss(FeatureAffinityLoss):
         self.distribution = distribution
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if not _belong_together(student, teacher):  # the operator says what is wrong; nothing is drawn for it
+            return F.fast_feature_affinity_loss(student, teacher, torch.empty(0, 0), **self.options())
         wide = torch.float64 in (student.dtype, teacher.dtype)
         probes = self.draw(
             student.shape[2:].numel(), student.device, torch.float64 if wide else torch.float32
@@ -209,11 +211,25 @@ class FastFeatureAffinityLoss(FeatureAffinityLoss):
     def set_extra_state(self, state: Tensor) -> None:
         try:
             self.generator.set_state(state.cpu())
-        except (AttributeError, RuntimeError, TypeError):
+        except (AttributeError, RuntimeError, TypeError) as error:
             raise RuntimeError(
                 f"FastFeatureAffinityLoss: the state must be of a generator on {self.generator.device}, got "
-                + (f"{state.numel()} values" if isinstance(state, Tensor) else repr(state))
+                + (f"{state.numel()} values: {error}" if isinstance(state, Tensor) else repr(state))
             ) from None
 
     def extra_repr(self) -> str:
         return f"probes={self.probes}, {super().extra_repr()}, distribution={self.distribution!r}"
+
+
+def _belong_together(student: Any, teacher: Any) -> bool:
+    """Whether these are features that can be compared."""
+    if not (isinstance(student, Tensor) and isinstance(teacher, Tensor)):
+        return False
+    both = (student, teacher)
+    return (
+        all(f.dim() > 2 and f.size(1) and f.is_floating_point() and not f.is_sparse for f in both)
+        and student.size(0) == teacher.size(0)
+        and student.shape[2:] == teacher.shape[2:]
+        and student.device == teacher.device
+        and student.shape[2:].numel() > 0
+    )

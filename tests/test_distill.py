@@ -461,6 +461,14 @@ def test_bad_options_of_the_loss_are_named(options, message):
         FAQDLoss(**options)
 
 
+@pytest.mark.parametrize(
+    "fa, got", [(FeatureAffinityLoss, "the class FeatureAffinityLoss"), ("l1", "str"), (len, "builtin_funct")]
+)
+def test_the_loss_of_features_is_a_module(fa, got):
+    with pytest.raises(TypeError, match=f"FAQDLoss: fa must be a torch.nn.Module or None, got {got}"):
+        FAQDLoss(fa=fa)
+
+
 def test_pairs_of_features_that_do_not_fit_are_numbered():
     wrong = [*pairs(), (torch.ones(1, 2, 3), torch.ones(1, 2, 4))]
     for names, message in (((), "pair 2 of features"), (("a", "b", "c"), "c")):
@@ -661,10 +669,10 @@ def new_run():
 
 def test_training_goes_on_bit_for_bit_from_a_checkpoint():
     model, optimizer = new_run()
-    start = model.connectors[0].weight.clone()
+    start = model.connectors["block/relu"].weight.clone()
     steps(model, optimizer, 0, 2)
-    assert model.connectors[0].weight.unique().numel() == 16  # float,
-    assert not torch.equal(model.connectors[0].weight, start)  # and trained
+    assert model.connectors["block/relu"].weight.unique().numel() == 16  # float,
+    assert not torch.equal(model.connectors["block/relu"].weight, start)  # and trained
     assert model.student.stem.weight.unique().numel() == 2
     file = io.BytesIO()
     torch.save([model.state_dict(), optimizer.state_dict()], file)
@@ -702,7 +710,7 @@ def test_building_changes_no_mode_and_no_statistics():
     assert model.build(images()) is model
     assert model.student.block.bn.training and not model.student.stem.training
     assert_same(model.student.state_dict(), before)
-    assert type(model.connectors[0]) is Connector and model.connectors[0].weight.shape == (3, 4)
+    assert type(model.connectors["stem"]) is Connector and model.connectors["stem"].weight.shape == (3, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -732,7 +740,19 @@ def test_distillation_in_channels_last():
         (dict(taps={}), ValueError, "taps must name features where lambda_fa > 0, got none"),
         (dict(taps={"stm": "stem"}), ValueError, r"Net has no module 'stm'; .* 'stem' \(the student\)"),
         (dict(taps={"stem": "stm"}), ValueError, r"Net has no module 'stm'; .* 'stem' \(the teacher\)"),
-        (dict(taps=["stem"]), TypeError, r"pairs of module paths, student's and teacher's, got \('s', 't'"),
+        (dict(taps=["stem"]), TypeError, r"taps must be .*, as {'stem': 'stem'}, got 'stem'"),
+        (dict(taps="stem"), TypeError, r"taps must be .*, as {'stem': 'stem'}, got 'stem'"),
+        (dict(taps=[("stem", 3)]), TypeError, r"pairs of module paths, .* teacher's, got \('stem', 3\)"),
+        (dict(taps=[3]), TypeError, "pairs of module paths, .*, got 3"),
+        (dict(taps=3), TypeError, "a mapping or pairs of module paths, .*, got int"),
+        (dict(loss=FeatureAffinityLoss()), TypeError, "loss must be a FAQDLoss, got FeatureAffinityLoss"),
+        (dict(loss=FAQDLoss), TypeError, "loss must be a FAQDLoss, got the class FAQDLoss"),
+        (dict(connectors=[Connector(4)]), TypeError, "connectors must be a mapping of .*, got list"),
+        (
+            dict(connectors={"stem": Connector}),
+            TypeError,
+            "connector of 'stem' must be .*, got the class Connector",
+        ),
         (dict(connectors={"head": Connector(4)}), ValueError, r"tapped paths \['stem', .*\], got \['head'\]"),
         (dict(teacher=len), TypeError, "teacher must be a torch.nn.Module, got builtin_function_or_method"),
     ],
@@ -759,6 +779,47 @@ def test_a_student_that_shares_with_its_teacher_is_refused():
     with pytest.raises(ValueError, match="share parameters, got the student's 'head.weight' in both"):
         distiller(student=network, teacher=other)
     distiller(student=network, teacher=copy.deepcopy(network).eval())
+
+
+def test_connectors_go_by_path():
+    class Named(Net):  # as a name that nn.ModuleDict has for itself
+        def __init__(self):
+            super().__init__()
+            self.keys = nn.Identity()
+
+        def forward(self, x):
+            return self.keys(super().forward(x))[:, :, None]
+
+    taps = {"block.relu": "block", "keys": "stem", "": "stem"}
+    connectors = {path: nn.Conv1d(1, 1, 1) for path in reversed(taps)}
+    model = distiller(student=Named(), taps=taps, connectors=connectors)
+    assert list(model.connectors) == ["block/relu", "/keys", "/"]
+    assert list(model.connectors.values()) == [connectors[path] for path in taps]
+    connectors = {path: Connector(4) for path in TAPS}
+    one = distiller(connectors=connectors)
+    other = distiller(connectors={path: Connector(4) for path in reversed(TAPS)})
+    other.load_state_dict(one.state_dict())
+    assert_same(list(other(images()).terms), list(one(images()).terms))
+    names = [name for name, _ in other.named_parameters()]
+    assert names == [name for name, _ in one.named_parameters()]
+
+
+def test_another_teacher_or_student_is_tapped_and_no_submodule():
+    model, before, other = distiller(), Net(), Net(7, seed=2).eval()
+    names, old = list(model.state_dict()), (model.teacher, model.student)
+    want = distiller(student=before, teacher=other)(images()).loss
+    model.teacher, model.student = other, before
+    torch.testing.assert_close(model(images()).loss, want)
+    assert list(model.state_dict()) == names and model.teacher is other
+    assert [hooks_in(network) for network in old] == [0, 0]
+    for name, value, error, message in (
+        ("teacher", None, TypeError, "teacher must be a torch.nn.Module, got NoneType"),
+        ("teacher", before, ValueError, "must not share modules"),
+        ("student", nn.ReLU(), ValueError, "ReLU has no module 'stem'"),
+    ):
+        with pytest.raises(error, match=message):
+            setattr(model, name, value)
+    torch.testing.assert_close(model(images()).loss, want)
 
 
 def test_teachers_of_other_classes_are_refused_by_shape():

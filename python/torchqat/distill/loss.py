@@ -60,7 +60,7 @@ class FAQDLoss(nn.Module):
         they are). Labels as :func:`torch.nn.functional.cross_entropy` takes them. The loss is 0-dim.
 
     Raises:
-        TypeError: in forward: logits that are no tensor.
+        TypeError: ``fa`` is no module (a class is none); in forward: logits that are no tensor.
         ValueError: a weight that is negative or not finite, or all are 0; ``kd`` unknown; ``temperature`` not
             positive; in forward: labels, teacher's logits or features that are missing where their weight
             is not 0, or logits of different shapes.
@@ -98,6 +98,8 @@ class FAQDLoss(nn.Module):
             raise ValueError(f"FAQDLoss: unknown kd {kd!r}; choose one of {', '.join(KINDS)}")
         if not 0 < temperature < math.inf:
             raise ValueError(f"FAQDLoss: temperature must be a finite number > 0, got {temperature}")
+        if not (fa is None or isinstance(fa, nn.Module)):
+            raise TypeError(f"FAQDLoss: fa must be a torch.nn.Module or None, got {what(fa)}")
         self.lambda_kd = lambda_kd
         self.lambda_fa = lambda_fa
         self.lambda_label = lambda_label
@@ -176,6 +178,11 @@ class FAQDLoss(nn.Module):
     def extra_repr(self) -> str:
         weights = f"{self.lambda_kd}, {self.lambda_fa}, {self.lambda_label}, kd={self.kd!r}"
         return weights + (f", temperature={self.temperature}" if self.kd == "kl" else "")
+
+
+def what(thing: Any) -> str:
+    """What came, for messages: a class itself is a usual mistake for one of its objects."""
+    return f"the class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
 
 
 def naming(name: str, function: Callable, *args: Any, **options: Any) -> Any:

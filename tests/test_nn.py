@@ -219,10 +219,10 @@ def test_the_fast_loss_is_that_of_its_probes(norm, distribution, device):
         torch.testing.assert_close(fast(student.to(dtype), teacher), want.to(dtype))
 
 
-def draws_of(losses, batch, **options):
-    """N^2 times the loss of so many single draws."""
+def draws_of(losses, batch, probes=1, **options):
+    """N^2 times the loss of so many draws of so many probes."""
     student, teacher = features(batch, 3, 4, 2, dtype=torch.float64), features(batch, 5, 4, 2, seed=1)
-    fast = FastFeatureAffinityLoss(1, **options)
+    fast = FastFeatureAffinityLoss(probes, **options)
     drawn = torch.stack([fast(student, teacher) for _ in range(losses)]) * 8**2
     return drawn, oracles.affinity_difference(student, teacher)
 
@@ -254,6 +254,18 @@ def test_the_squared_loss_stays_in_the_tail_bound(t):
     slack = 5 * math.exp(-t / 2) / 4000**0.5
     assert above <= math.exp(-t) + slack and below <= math.exp(-t) + slack
     assert (drawn >= m.trace() + spread).double().mean() > 0.02  # draws do reach that far
+
+
+@pytest.mark.parametrize("k, delta", [(1, 1.0), (1, 1.4), (8, 0.7), (8, 1.0), (32, 0.4)])
+def test_the_squared_loss_stays_in_the_short_tail_bound(k, delta):
+    drawn, s = draws_of(2000, batch=2, norm="fro", probes=k)
+    exact = s.square().sum((1, 2)).mean()
+    off = ((drawn - exact).abs() >= delta * exact).double().mean()
+    bound = 2 * math.exp(-k * (delta**2 / 4 - delta**3 / 6))
+    assert off <= bound
+    # The worst S there can be has rank 1: its loss is a chi-squared number of k degrees.
+    worst = torch.randn(20000, k, generator=torch.Generator().manual_seed(k)).square().mean(1)
+    assert ((worst - 1).abs() >= delta).double().mean() <= bound
 
 
 def test_the_l1_loss_estimates_the_2_1_norm_and_not_the_entrywise_one():

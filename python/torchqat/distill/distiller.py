@@ -36,9 +36,13 @@ class Distiller(nn.Module):
     is what a checkpoint needs. ``to()`` moves the teacher too. Where the loss has no term that needs the
     teacher, it does not run; features are taken only where the loss looks at them.
 
-    **Order.** ``prepare`` and ``calibrate`` the student first, then make the distiller, then the optimizer
-    from the *student's* parameters, and those of the connectors in a plain group of their own, as below.
-    :func:`torchqat.optim.param_groups` of the distiller itself would take connectors for layers to quantize.
+    **Order.** ``prepare`` and ``calibrate`` the student, make the distiller, :meth:`build` it where a
+    connector is lazy, and make the optimizer last. (``prepare`` keeps hooks, so that a student may be
+    prepared in a distiller after a float warm-up; ``calibrate`` it then too, and make a new optimizer.)
+    The optimizer gets the groups of the *student*, ``param_groups(distiller.student, ...)``, and the
+    connectors in a plain group of their own, as below. :func:`torchqat.optim.param_groups` of the distiller
+    itself keeps a :class:`Connector` float, but quantizes connectors that are convolutions or linear layers,
+    takes the last of them for the last layer, and has other names to exclude.
 
     **Distributed training.** The student may be wrapped by DistributedDataParallel (``paths`` are those of
     the model inside). Connectors are outside of it: wrap each by itself.

@@ -42,8 +42,8 @@ class FAQDLoss(nn.Module):
         L_{kd} = \mathrm{mean}\, (s - t)^2 \ (\mathrm{mse}), \qquad
         L_{kd} = T^2\, \mathrm{KL}(\mathrm{softmax}(t / T) \,\Vert\, \mathrm{softmax}(s / T)) \ (\mathrm{kl})
 
-    as means over the batch. A term of weight 0 is not computed, and what belongs to it is not looked at:
-    with ``lambda_label=0`` labels are never read.
+    as means over the batch; for dense logits (B, classes, \*) over batch and pixels. A term of weight 0 is
+    not computed, and what belongs to it is not looked at: with ``lambda_label=0`` labels are never read.
 
     Args:
         lambda_kd: weight of the logits' term.
@@ -51,7 +51,7 @@ class FAQDLoss(nn.Module):
             over 100 images.
         lambda_label: weight of the cross entropy with the labels; 0 trains without labels.
         kd: ``mse``, the authors' default, or ``kl``.
-        temperature: T, for ``kl`` only.
+        temperature: T, for ``kl`` only. Its default is none of the authors'.
         fa: the loss of one pair of features: None for :class:`torchqat.nn.FeatureAffinityLoss`, or
             :class:`torchqat.nn.FastFeatureAffinityLoss`, or any module of (student, teacher).
 
@@ -73,8 +73,9 @@ class FAQDLoss(nn.Module):
         tensor(2.)
 
     Source: Li, Yang, Yin, Qi, Xin, "Feature affinity assisted knowledge distillation and quantization of deep
-    neural networks on label-free data" (2023); the defaults are the authors' programs'. They sum ``kl`` over
-    the batch. ``kl``: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network" (2015).
+    neural networks on label-free data" (2023); the weights and ``mse`` are the authors' programs'. They sum
+    ``kl`` over the batch. ``kl``: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network"
+    (2015).
     """
 
     def __init__(

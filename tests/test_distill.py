@@ -781,6 +781,25 @@ def test_a_student_that_shares_with_its_teacher_is_refused():
     distiller(student=network, teacher=copy.deepcopy(network).eval())
 
 
+def test_a_student_may_be_prepared_in_its_distiller():
+    model = distiller()
+    torchqat.prepare(model.student, act_bits=2)
+    assert isinstance(model.student.block.relu, torchqat.nn.StaircaseReLU)
+    torchqat.calibrate(model.student, [images()])
+    model(images()).loss.backward()
+    assert model.student.block.relu.alpha.grad is not None
+
+
+@pytest.mark.parametrize("connector, layers", [(Connector(4), 3), (nn.Conv2d(4, 4, 1), 4)])
+def test_groups_of_a_distiller_quantize_connectors_that_are_convolutions(connector, layers):
+    model = distiller(connectors={"stem": connector})
+    groups = {group["name"]: group["params"] for group in torchqat.optim.param_groups(model, weight_bits=1)}
+    assert len(groups["quantized"]) == layers
+    groups = torchqat.optim.param_groups(model, weight_bits=1, quantize_last=False)
+    head = any(p is model.student.head.weight for p in groups[0]["params"])
+    assert head == (layers == 4)
+
+
 def test_connectors_go_by_path():
     class Named(Net):  # as a name that nn.ModuleDict has for itself
         def __init__(self):

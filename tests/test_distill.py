@@ -462,6 +462,21 @@ def test_bad_options_of_the_loss_are_named(options, message):
 
 
 @pytest.mark.parametrize(
+    "fa, got", [(FeatureAffinityLoss, "the class FeatureAffinityLoss"), ("l1", "str"), (len, "builtin_funct")]
+)
+def test_the_loss_of_features_is_a_module(fa, got):
+    with pytest.raises(TypeError, match=f"FAQDLoss: fa must be a torch.nn.Module or None, got {got}"):
+        FAQDLoss(fa=fa)
+
+
+def test_pairs_of_features_that_do_not_fit_are_numbered():
+    wrong = [*pairs(), (torch.ones(1, 2, 3), torch.ones(1, 2, 4))]
+    for names, message in (((), "pair 2 of features"), (("a", "b", "c"), "c")):
+        with pytest.raises(ValueError, match=rf"spatial shape of student, \[3\], got \[4\] \({message}\)"):
+            FAQDLoss(lambda_kd=0)(torch.ones(1, 2), None, wrong, names=names)
+
+
+@pytest.mark.parametrize(
     "arguments, error, message",
     [
         (
@@ -654,10 +669,10 @@ def new_run():
 
 def test_training_goes_on_bit_for_bit_from_a_checkpoint():
     model, optimizer = new_run()
-    start = model.connectors[0].weight.clone()
+    start = model.connectors["block/relu"].weight.clone()
     steps(model, optimizer, 0, 2)
-    assert model.connectors[0].weight.unique().numel() == 16  # float,
-    assert not torch.equal(model.connectors[0].weight, start)  # and trained
+    assert model.connectors["block/relu"].weight.unique().numel() == 16  # float,
+    assert not torch.equal(model.connectors["block/relu"].weight, start)  # and trained
     assert model.student.stem.weight.unique().numel() == 2
     file = io.BytesIO()
     torch.save([model.state_dict(), optimizer.state_dict()], file)
@@ -695,7 +710,7 @@ def test_building_changes_no_mode_and_no_statistics():
     assert model.build(images()) is model
     assert model.student.block.bn.training and not model.student.stem.training
     assert_same(model.student.state_dict(), before)
-    assert type(model.connectors[0]) is Connector and model.connectors[0].weight.shape == (3, 4)
+    assert type(model.connectors["stem"]) is Connector and model.connectors["stem"].weight.shape == (3, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -725,7 +740,19 @@ def test_distillation_in_channels_last():
         (dict(taps={}), ValueError, "taps must name features where lambda_fa > 0, got none"),
         (dict(taps={"stm": "stem"}), ValueError, r"Net has no module 'stm'; .* 'stem' \(the student\)"),
         (dict(taps={"stem": "stm"}), ValueError, r"Net has no module 'stm'; .* 'stem' \(the teacher\)"),
-        (dict(taps=["stem"]), TypeError, r"pairs of module paths, student's and teacher's, got \('s', 't'"),
+        (dict(taps=["stem"]), TypeError, r"taps must be .*, as {'stem': 'stem'}, got 'stem'"),
+        (dict(taps="stem"), TypeError, r"taps must be .*, as {'stem': 'stem'}, got 'stem'"),
+        (dict(taps=[("stem", 3)]), TypeError, r"pairs of module paths, .* teacher's, got \('stem', 3\)"),
+        (dict(taps=[3]), TypeError, "pairs of module paths, .*, got 3"),
+        (dict(taps=3), TypeError, "a mapping or pairs of module paths, .*, got int"),
+        (dict(loss=FeatureAffinityLoss()), TypeError, "loss must be a FAQDLoss, got FeatureAffinityLoss"),
+        (dict(loss=FAQDLoss), TypeError, "loss must be a FAQDLoss, got the class FAQDLoss"),
+        (dict(connectors=[Connector(4)]), TypeError, "connectors must be a mapping of .*, got list"),
+        (
+            dict(connectors={"stem": Connector}),
+            TypeError,
+            "connector of 'stem' must be .*, got the class Connector",
+        ),
         (dict(connectors={"head": Connector(4)}), ValueError, r"tapped paths \['stem', .*\], got \['head'\]"),
         (dict(teacher=len), TypeError, "teacher must be a torch.nn.Module, got builtin_function_or_method"),
     ],
@@ -754,11 +781,138 @@ def test_a_student_that_shares_with_its_teacher_is_refused():
     distiller(student=network, teacher=copy.deepcopy(network).eval())
 
 
+def test_a_student_may_be_prepared_in_its_distiller():
+    model = distiller()
+    torchqat.prepare(model.student, act_bits=2)
+    assert isinstance(model.student.block.relu, torchqat.nn.StaircaseReLU)
+    torchqat.calibrate(model.student, [images()])
+    model(images()).loss.backward()
+    assert model.student.block.relu.alpha.grad is not None
+
+
+@pytest.mark.parametrize("connector, layers", [(Connector(4), 3), (nn.Conv2d(4, 4, 1), 4)])
+def test_groups_of_a_distiller_quantize_connectors_that_are_convolutions(connector, layers):
+    model = distiller(connectors={"stem": connector})
+    groups = {group["name"]: group["params"] for group in torchqat.optim.param_groups(model, weight_bits=1)}
+    assert len(groups["quantized"]) == layers
+    groups = torchqat.optim.param_groups(model, weight_bits=1, quantize_last=False)
+    head = any(p is model.student.head.weight for p in groups[0]["params"])
+    assert head == (layers == 4)
+
+
+def test_connectors_go_by_path():
+    class Named(Net):  # as a name that nn.ModuleDict has for itself
+        def __init__(self):
+            super().__init__()
+            self.keys = nn.Identity()
+
+        def forward(self, x):
+            return self.keys(super().forward(x))[:, :, None]
+
+    taps = {"block.relu": "block", "keys": "stem", "": "stem"}
+    connectors = {path: nn.Conv1d(1, 1, 1) for path in reversed(taps)}
+    model = distiller(student=Named(), taps=taps, connectors=connectors)
+    assert list(model.connectors) == ["block/relu", "/keys", "/"]
+    assert list(model.connectors.values()) == [connectors[path] for path in taps]
+    connectors = {path: Connector(4) for path in TAPS}
+    one = distiller(connectors=connectors)
+    other = distiller(connectors={path: Connector(4) for path in reversed(TAPS)})
+    other.load_state_dict(one.state_dict())
+    assert_same(list(other(images()).terms), list(one(images()).terms))
+    names = [name for name, _ in other.named_parameters()]
+    assert names == [name for name, _ in one.named_parameters()]
+
+
+def test_another_teacher_or_student_is_tapped_and_no_submodule():
+    model, before, other = distiller(), Net(), Net(7, seed=2).eval()
+    names, old = list(model.state_dict()), (model.teacher, model.student)
+    want = distiller(student=before, teacher=other)(images()).loss
+    model.teacher, model.student = other, before
+    torch.testing.assert_close(model(images()).loss, want)
+    assert list(model.state_dict()) == names and model.teacher is other
+    assert [hooks_in(network) for network in old] == [0, 0]
+    for name, value, error, message in (
+        ("teacher", None, TypeError, "teacher must be a torch.nn.Module, got NoneType"),
+        ("teacher", before, ValueError, "must not share modules"),
+        ("student", nn.ReLU(), ValueError, "ReLU has no module 'stem'"),
+    ):
+        with pytest.raises(error, match=message):
+            setattr(model, name, value)
+    torch.testing.assert_close(model(images()).loss, want)
+
+
 def test_teachers_of_other_classes_are_refused_by_shape():
     teacher = Net().eval()
     teacher.head = nn.Linear(4, 7).eval()
     with pytest.raises(ValueError, match=r"logits of one shape, got \[6, 5\] and \[6, 7\]"):
         distiller(teacher=teacher)(images())
+
+
+class Refuses(nn.Module):
+    def forward(self, *_features):
+        raise torch.OutOfMemoryError("not here")
+
+
+def with_head(teacher, head):
+    teacher.head = head
+    return teacher.eval()
+
+
+@pytest.mark.parametrize("way", ["call", "build"])
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (
+            dict(taps={"stem": "stem", "head": "head"}),
+            ValueError,
+            r"student must have shape .*, got \[6, 5\] \(the student's 'head', the teacher's 'head'\)",
+        ),
+        (
+            dict(taps={"stem": "head"}),
+            ValueError,
+            r"resize_like: .*, got .* \(the student's 'stem', the teacher's 'head'\)",
+        ),
+        (
+            dict(connectors={"stem": Connector(7)}),
+            ValueError,
+            r"Connector: .*, got \[6, 4, 6, 6\] \(the connector of the student's 'stem'\)",
+        ),
+        (dict(loss=FAQDLoss(lambda_label=0, fa=Refuses())), torch.OutOfMemoryError, "^not here$"),
+        (
+            dict(teacher=with_head(Net(), nn.Linear(4, 7))),
+            ValueError,
+            r"one shape, got \[6, 5\] and \[6, 7\]",
+        ),
+        (
+            dict(teacher=with_head(Net(), nn.LSTM(4, 5))),
+            TypeError,
+            "teacher_logits must be a tensor, got tuple",
+        ),
+        (
+            dict(student=with_head(Net(), nn.LSTM(4, 5))),
+            TypeError,
+            "student_logits must be a tensor, got tuple",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_when_called_and_when_built(options, error, message, way):
+    model = distiller(**options)
+    with pytest.raises(error, match=message):
+        (model if way == "call" else model.build)(images())
+
+
+def test_building_runs_the_loss_and_draws_nothing():
+    model, other = (
+        distiller(FAQDLoss(fa=FastFeatureAffinityLoss()), connectors={"stem": LazyConnector()})
+        for _ in range(2)
+    )
+    torch.manual_seed(3)
+    model.build(images())
+    torch.manual_seed(3)
+    model.loss.fa.register_forward_hook(lambda *_: seen.append(0))
+    seen, labels = [], torch.zeros(6, dtype=torch.long)
+    assert_same(list(model.build(images())(images(), labels).terms), list(other(images(), labels).terms))
+    assert len(seen) == 2 * len(TAPS)
 
 
 def test_it_is_part_of_the_package_and_prints():

@@ -139,7 +139,7 @@ def test_arms_are_what_they_say_and_start_alike(distill, example, tmp_path, monk
     first, data = seen[arms["labels"]], example.data.load("digits", None).subset(60)
     for name, model in arms.items():
         assert model.loss.kd == "mse" and len(model.connectors) == ("fa" in name)
-        assert all(connector.relu and connector.weight.unique().numel() > 3 for connector in model.connectors)
+        assert all(c.relu and c.weight.unique().numel() > 3 for c in model.connectors.values())
         assert model.teacher is not model.student and not model.teacher.training
         assert [m.bits for m in model.student.modules() if isinstance(m, StaircaseReLU)] == 4 * [3]
         assert model.student[0].weight.unique().numel() == 3

@@ -11,7 +11,9 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from small_nets import assert_same
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchqat.nn import OPTIMAL_ALPHA, FastFeatureAffinityLoss, FeatureAffinityLoss, StaircaseReLU
 
 
@@ -194,21 +196,12 @@ def features(*shape, seed=0, dtype=torch.float32):
     return f.to(dtype)
 
 
-def affinity_difference(student, teacher, eps=1e-5):
-    """S of each image, in float64, straight from the definition."""
-    a, b = (f.double().flatten(2) for f in (student, teacher))
-    a, b = (f / (f.norm(dim=1, keepdim=True) + eps) for f in (a, b))
-    return a.mT @ a - b.mT @ b
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("norm", ["l1", "fro"])
 def test_feature_affinity_is_that_of_the_definition(norm, reduction, device):
     student, teacher = features(3, 4, 5, 6).to(device), features(3, 7, 5, 6, seed=1).to(device)
     loss = FeatureAffinityLoss(norm, reduction)(student.requires_grad_(), teacher)
-    s = affinity_difference(student, teacher)
-    s = s.abs().masked_fill(torch.eye(30, dtype=bool, device=device), 0) if norm == "l1" else s.square()
-    torch.testing.assert_close(loss, getattr(s.sum((1, 2)) / 30**2, reduction)(0).float())
+    torch.testing.assert_close(loss, oracles.feature_affinity(student, teacher, norm, reduction).float())
     loss.backward()
     assert student.grad.abs().sum() > 0 and student.grad[0, :, 0, 0].eq(0).all()
 
@@ -222,17 +215,16 @@ def test_the_fast_loss_is_that_of_its_probes(norm, distribution, device):
         v = copy.deepcopy(fast).draw(15, device, dtype)
         assert v.dtype == dtype and v.shape == (15, 4)
         assert (v.abs() == 1).all() == (distribution == "rademacher")
-        r = affinity_difference(student, teacher) @ v.double()
-        want = (r.abs() if norm == "l1" else r.square()).sum((1, 2)) / 4 / 15**2
-        torch.testing.assert_close(fast(student.to(dtype), teacher), want.mean(0).to(dtype))
+        want = oracles.fast_feature_affinity(student, teacher, v, norm)
+        torch.testing.assert_close(fast(student.to(dtype), teacher), want.to(dtype))
 
 
-def draws_of(losses, batch, **options):
-    """N^2 times the loss of so many single draws."""
+def draws_of(losses, batch, probes=1, **options):
+    """N^2 times the loss of so many draws of so many probes."""
     student, teacher = features(batch, 3, 4, 2, dtype=torch.float64), features(batch, 5, 4, 2, seed=1)
-    fast = FastFeatureAffinityLoss(1, **options)
+    fast = FastFeatureAffinityLoss(probes, **options)
     drawn = torch.stack([fast(student, teacher) for _ in range(losses)]) * 8**2
-    return drawn, affinity_difference(student, teacher)
+    return drawn, oracles.affinity_difference(student, teacher)
 
 
 def assert_mean_and_variance(drawn, mean, variance):
@@ -262,6 +254,18 @@ def test_the_squared_loss_stays_in_the_tail_bound(t):
     slack = 5 * math.exp(-t / 2) / 4000**0.5
     assert above <= math.exp(-t) + slack and below <= math.exp(-t) + slack
     assert (drawn >= m.trace() + spread).double().mean() > 0.02  # draws do reach that far
+
+
+@pytest.mark.parametrize("k, delta", [(1, 1.0), (1, 1.4), (8, 0.7), (8, 1.0), (32, 0.4)])
+def test_the_squared_loss_stays_in_the_short_tail_bound(k, delta):
+    drawn, s = draws_of(2000, batch=2, norm="fro", probes=k)
+    exact = s.square().sum((1, 2)).mean()
+    off = ((drawn - exact).abs() >= delta * exact).double().mean()
+    bound = 2 * math.exp(-k * (delta**2 / 4 - delta**3 / 6))
+    assert off <= bound
+    # The worst S there can be has rank 1: its loss is a chi-squared number of k degrees.
+    worst = torch.randn(20000, k, generator=torch.Generator().manual_seed(k)).square().mean(1)
+    assert ((worst - 1).abs() >= delta).double().mean() <= bound
 
 
 def test_the_l1_loss_estimates_the_2_1_norm_and_not_the_entrywise_one():
@@ -332,7 +336,14 @@ def loaded(module, state):
     return module
 
 
-@pytest.mark.parametrize("state, got", [(torch.zeros(16, dtype=torch.uint8), "16 values"), (3, "3")])
+@pytest.mark.parametrize(
+    "state, got",
+    [
+        (torch.zeros(16, dtype=torch.uint8), "16 values: Expected .* size"),
+        (torch.zeros_like(torch.Generator().get_state()), "[0-9]+ values: Invalid mt19937 state"),
+        (3, "3"),
+    ],
+)
 def test_a_state_of_another_generator_is_refused(state, got):
     with pytest.raises(RuntimeError, match=f"the state must be of a generator on cpu, got {got}"):
         FastFeatureAffinityLoss().load_state_dict({"_extra_state": state})
@@ -389,9 +400,45 @@ def test_bad_options_of_affinity_losses_are_named(options, error, message):
 
 
 @pytest.mark.parametrize("make", [FeatureAffinityLoss, FastFeatureAffinityLoss])
+def test_making_an_affinity_loss_computes_nothing_on_a_default_device(make):
+    with NoKernels():
+        make()
+        with pytest.raises(ValueError, match="norm must be l1 or fro, got l2"):
+            make(norm="l2")
+
+
+class NoKernels(TorchDispatchMode):
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        assert not isinstance(result, torch.Tensor) or result.is_meta, operator
+        return result
+
+
+@pytest.mark.parametrize("make", [FeatureAffinityLoss, FastFeatureAffinityLoss])
 @pytest.mark.parametrize(
-    "student, teacher", [((2, 3), (2, 3)), ((2, 3, 4), (1, 3, 4)), ((2, 3, 4), (2, 3, 5))]
+    "student, teacher, error, message",
+    [
+        (torch.ones(2, 3), torch.ones(2, 3), ValueError, "student must have shape"),
+        (torch.ones(2, 3, 4), torch.ones(1, 3, 4), ValueError, "the batch size of student, 2, got 1"),
+        (torch.ones(2, 3, 4), torch.ones(2, 3, 5), ValueError, r"spatial shape of student, \[4\], got \[5\]"),
+        (torch.ones(2, 0, 4), torch.ones(2, 3, 4), ValueError, "student must have"),
+        (torch.ones(2, 3, 0), torch.ones(2, 3, 0), ValueError, "student must have"),
+        (torch.ones(2, 3, 4), torch.ones(2, 3, 4, device="meta"), ValueError, "on the device of student"),
+        (
+            torch.ones(2, 3, 4),
+            torch.ones(2, 3, 4, dtype=int),
+            TypeError,
+            "teacher must be float64, .*, got Long",
+        ),
+        (None, torch.ones(2, 3, 4), TypeError, "student must be of type Tensor, got None"),
+        (torch.ones(2, 3, 4), [], TypeError, "teacher must be of type Tensor, got "),
+    ],
 )
-def test_features_that_do_not_belong_together_are_refused(make, student, teacher):
-    with pytest.raises(ValueError, match="feature_affinity_loss: "):
-        make()(torch.ones(student), torch.ones(teacher))
+def test_features_that_do_not_belong_together_are_refused_and_nothing_is_drawn(
+    make, student, teacher, error, message
+):
+    loss = make()
+    before = copy.deepcopy(loss.state_dict())
+    with pytest.raises(error, match=f"feature_affinity_loss: .*{message}"):
+        loss(student, teacher)
+    assert_same(loss.state_dict(), before)

@@ -433,12 +433,9 @@ def fast_feature_affinity_loss(
 
     where :math:`Sv = A^T(Av) - B^T(Bv)` never needs :math:`S`. What they estimate:
 
-    - ``fro`` is an unbiased estimate of the exact ``fro``. For an image and Gaussian probes its variance is
-      :math:`2 \|S^2\|_F^2 / (k N^4)`, a relative standard deviation of at most :math:`\sqrt{2/k}`; for
-      Rademacher probes (+-1) it is :math:`2 (\|S^2\|_F^2 - \sum_i (S^2)_{ii}^2) / (k N^4)`, never more.
-      With Gaussian probes the chance that it is off by more than a fraction :math:`\delta` is at most
-      :math:`2 \exp(-k (\delta^2 / 4 - \delta^3 / 6))`, whatever the size of :math:`S`. Images share the
-      probes, so that a batch is not much surer than an image.
+    - ``fro`` is an unbiased estimate of the exact ``fro``, with a relative standard deviation of at most
+      :math:`\sqrt{2/k}`. :class:`torchqat.nn.FastFeatureAffinityLoss` has its variance and its tails.
+      Images share the probes, so that a batch is not much surer than an image.
     - ``l1`` with Gaussian probes is an unbiased estimate of
       :math:`\sqrt{2/\pi} \sum_i \|S_{i\cdot}\|_2 / N^2`, a sum of the lengths of rows (the l2,1 norm). It
       does **not** estimate the exact ``l1``, the sum of magnitudes, which lies between that sum of lengths
@@ -468,8 +465,7 @@ def fast_feature_affinity_loss(
         >>> fast_feature_affinity_loss(student, teacher, probes, norm="fro", eps=0).item()
         0.5
 
-    Source: as :func:`feature_affinity_loss`, the fast feature affinity loss. The tail bound: Laurent,
-    Massart, "Adaptive estimation of a quadratic functional by model selection" (2000).
+    Source: as :func:`feature_affinity_loss`, the fast feature affinity loss.
     """
     return call(
         torch.ops.qat.fast_feature_affinity_loss,

@@ -1,14 +1,15 @@
 """Student, teacher, taps, connectors and loss in one object."""
 
+import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from torchqat.distill.connector import resize_like
-from torchqat.distill.loss import FAQDLoss, FAQDTerms
+from torchqat.distill.loss import FAQDLoss, FAQDTerms, naming, what
 from torchqat.distill.taps import FeatureTaps
 
 
@@ -35,9 +36,13 @@ class Distiller(nn.Module):
     is what a checkpoint needs. ``to()`` moves the teacher too. Where the loss has no term that needs the
     teacher, it does not run; features are taken only where the loss looks at them.
 
-    **Order.** ``prepare`` and ``calibrate`` the student first, then make the distiller, then the optimizer
-    from the *student's* parameters, and those of the connectors in a plain group of their own, as below.
-    :func:`torchqat.optim.param_groups` of the distiller itself would take connectors for layers to quantize.
+    **Order.** ``prepare`` and ``calibrate`` the student, make the distiller, :meth:`build` it where a
+    connector is lazy, and make the optimizer last. (``prepare`` keeps hooks, so that a student may be
+    prepared in a distiller after a float warm-up; ``calibrate`` it then too, and make a new optimizer.)
+    The optimizer gets the groups of the *student*, ``param_groups(distiller.student, ...)``, and the
+    connectors in a plain group of their own, as below. :func:`torchqat.optim.param_groups` of the distiller
+    itself keeps a :class:`Connector` float, but quantizes connectors that are convolutions or linear layers,
+    takes the last of them for the last layer, and has other names to exclude.
 
     **Distributed training.** The student may be wrapped by DistributedDataParallel (``paths`` are those of
     the model inside). Connectors are outside of it: wrap each by itself.
@@ -49,7 +54,8 @@ class Distiller(nn.Module):
             a path may occur more than once. See :class:`FeatureTaps`.
         loss: a :class:`FAQDLoss`; None for one of its defaults.
         connectors: a module for the student's features at a path, by path: for example a
-            :class:`Connector`.
+            :class:`Connector`. The attribute has them by path, with a slash for each dot, in the order of
+            the taps.
         align_corners: how teacher's features of another grid are resized: see :func:`resize_like`.
 
     Shape:
@@ -57,7 +63,8 @@ class Distiller(nn.Module):
         student's grid where they differ.
 
     Raises:
-        TypeError: ``student`` or ``teacher`` is no module.
+        TypeError: ``student``, ``teacher`` or a connector is no module, ``loss`` no FAQDLoss, or ``taps`` are
+            not pairs of names.
         ValueError: student and teacher share modules or parameters (make one of a ``copy.deepcopy`` of the
             other); no taps where ``lambda_fa > 0``; a path that does not exist (the message suggests the
             nearest), or a connector for a path that is not tapped.
@@ -101,31 +108,46 @@ class Distiller(nn.Module):
         align_corners: bool = True,
     ):
         super().__init__()
-        for name, model in (("student", student), ("teacher", teacher)):
-            if not isinstance(model, nn.Module):
-                raise TypeError(f"Distiller: {name} must be a torch.nn.Module, got {type(model).__name__}")
+        loss = FAQDLoss() if loss is None else loss
+        if not isinstance(loss, FAQDLoss):
+            raise TypeError(f"Distiller: loss must be a FAQDLoss, got {what(loss)}")
+        _check_model("student", student)
+        _check_model("teacher", teacher)
         _check_apart(student, teacher)
-        self.student = student
-        self.loss = FAQDLoss() if loss is None else loss
+        super().__setattr__(
+            "student", student
+        )  # the first of parameters() and state_dict(), without taps yet
+        self.loss = loss
         self.align_corners = align_corners
         self.pairs = _pairs(taps)
-        connectors = dict(connectors or {})
-        of_student, of_teacher = ([pair[side] for pair in self.pairs] for side in (0, 1))
-        if self.loss.lambda_fa and not self.pairs:
+        if loss.lambda_fa and not self.pairs:
             raise ValueError("Distiller: taps must name features where lambda_fa > 0, got none")
-        if unknown := [path for path in connectors if path not in of_student]:
-            raise ValueError(f"Distiller: connectors must be for tapped paths {of_student}, got {unknown}")
+        connectors = _connectors(connectors, [path for path, _ in self.pairs])
         self.connected = list(connectors)
-        self.connectors = nn.ModuleList(connectors.values())
+        # By path, for states to load to where they belong: "block/relu" for "block.relu".
+        self.connectors = nn.ModuleDict({_key(path): module for path, module in connectors.items()})
         self.warned = False
-        # What goes past nn.Module's __setattr__ is no submodule.
-        self.__dict__["teacher"] = teacher
-        self.student_taps = _tapped("student", student, of_student)
+        self.student_taps = _tapped("student", student, [path for path, _ in self.pairs])
         try:
-            self.teacher_taps = _tapped("teacher", teacher, of_teacher)
+            self.teacher = teacher
         except ValueError:
             self.student_taps.remove()
             raise
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Another student or teacher is tapped in place of the one before."""
+        if name not in ("student", "teacher"):
+            return super().__setattr__(name, value)
+        _check_model(name, value)
+        _check_apart(*((value, self.teacher) if name == "student" else (self.student, value)))
+        taps = _tapped(name, value, [pair[name == "teacher"] for pair in self.pairs])
+        if name == "student":
+            super().__setattr__(name, value)
+        else:
+            self.__dict__[name] = value  # past nn.Module's __setattr__: it is no submodule
+        if before := self.__dict__.get(f"{name}_taps"):
+            before.remove()
+        super().__setattr__(f"{name}_taps", taps)
 
     def forward(self, images: Any, labels: Any = None) -> Distilled:
         """``labels`` are not looked at where the loss has ``lambda_label=0``."""
@@ -135,23 +157,29 @@ class Distiller(nn.Module):
             self._check_gradients(logits, features)
         else:
             logits, features = self.student(images), {}
-        terms = self.loss(logits, teacher_logits, self._compared(features, targets), labels)
+        compared = self._compared(features, targets)
+        terms = self.loss(logits, teacher_logits, compared, labels, names=self._names())
         return Distilled(terms.loss, logits, terms)
 
     def build(self, images: Any) -> "Distiller":
-        """Runs both networks once, in eval mode and without gradients, so that a :class:`LazyConnector` gets
-        its parameters, and paths and features that do not fit raise before training begins.
+        """Runs both networks and the loss but for the labels once, in eval mode and without gradients, so
+        that a :class:`LazyConnector` gets its parameters, and logits and features that do not fit raise
+        before training begins.
 
-        Training modes are afterwards what they were. Returns the distiller.
+        Training modes are afterwards what they were, and so is what the loss keeps: the probes' generator
+        has not moved. Returns the distiller.
         """
         modes = {module: module.training for module in self.modules()}
+        kept = copy.deepcopy(self.loss.state_dict())
         self.eval()
         try:
             with torch.no_grad():
-                _, targets = self._ask_teacher(images)
-                _, features = self.student_taps(images)
-                list(self._compared(features, targets))
+                teacher_logits, targets = self._ask_teacher(images)
+                logits, features = self.student_taps(images)
+                compared = list(self._compared(features, targets))
+                self.loss.terms_of_teacher(logits, teacher_logits, compared, names=self._names())
         finally:
+            self.loss.load_state_dict(kept)
             for module, mode in modes.items():
                 module.training = mode
         return self
@@ -200,12 +228,16 @@ class Distiller(nn.Module):
         self, features: dict[str, Tensor], targets: dict[str, Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of student's and teacher's features, on the student's grid."""
-        for path, connector in zip(self.connected, self.connectors, strict=True):
+        for path, connector in zip(self.connected, self.connectors.values(), strict=True):
             if path in features:
-                features[path] = connector(features[path])
-        for of_student, of_teacher in self.pairs if targets else ():
-            feature = features[of_student]
-            yield feature, resize_like(targets[of_teacher], feature, align_corners=self.align_corners)
+                name = f"the connector of the student's {path!r}"
+                features[path] = naming(name, connector, features[path])
+        for name, (of_student, of_teacher) in zip(self._names(), self.pairs, strict=True) if targets else ():
+            feature, target = features[of_student], targets[of_teacher]
+            yield feature, naming(name, resize_like, target, feature, align_corners=self.align_corners)
+
+    def _names(self) -> list[str]:
+        return [f"the student's {student!r}, the teacher's {teacher!r}" for student, teacher in self.pairs]
 
     def _apply(self, *args: Any, **kwargs: Any) -> "Distiller":
         self.teacher._apply(*args, **kwargs)
@@ -215,14 +247,49 @@ class Distiller(nn.Module):
         return ", ".join(f"{student!r}: {teacher!r}" for student, teacher in self.pairs)
 
 
+def _check_model(name: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Distiller: {name} must be a torch.nn.Module, got {what(model)}")
+
+
 def _pairs(taps: Mapping[str, str] | Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    pairs = [tuple(pair) for pair in (taps.items() if isinstance(taps, Mapping) else taps)]
+    wanted = "Distiller: taps must be a mapping or pairs of module paths, student's and teacher's"
+    if isinstance(taps, str):
+        raise TypeError(f"{wanted}, as {{{taps!r}: {taps!r}}}, got {taps!r}")
+    if not isinstance(taps, Iterable):
+        raise TypeError(f"{wanted}, got {what(taps)}")
+    pairs = list(taps.items() if isinstance(taps, Mapping) else taps)
     for pair in pairs:
-        if [type(path) for path in pair] != [str, str]:
+        if isinstance(pair, str):
+            raise TypeError(f"{wanted}, as {{{pair!r}: {pair!r}}}, got {pair!r}")
+        if not isinstance(pair, Sequence) or [type(path) for path in pair] != [str, str]:
+            raise TypeError(f"{wanted}, got {pair!r}")
+    return [tuple(pair) for pair in pairs]
+
+
+def _connectors(connectors: Any, paths: list[str]) -> dict[str, nn.Module]:
+    """In the order of the taps, whatever theirs is: an optimizer's state goes by order."""
+    if connectors is None:
+        return {}
+    if not isinstance(connectors, Mapping):
+        raise TypeError(
+            "Distiller: connectors must be a mapping of the student's paths to modules, "
+            f"got {what(connectors)}"
+        )
+    if unknown := [path for path in connectors if path not in paths]:
+        raise ValueError(f"Distiller: connectors must be for tapped paths {paths}, got {unknown}")
+    for path, module in connectors.items():
+        if not isinstance(module, nn.Module):
             raise TypeError(
-                f"Distiller: taps must be pairs of module paths, student's and teacher's, got {pair!r}"
+                f"Distiller: the connector of {path!r} must be a torch.nn.Module, got {what(module)}"
             )
-    return pairs
+    return {path: connectors[path] for path in dict.fromkeys(paths) if path in connectors}
+
+
+def _key(path: str) -> str:
+    """A path as a key of nn.ModuleDict, which takes no dots, no empty name and none of its own attributes."""
+    key = path.replace(".", "/")
+    return key if key and not hasattr(nn.ModuleDict(), key) else f"/{key}"
 
 
 def _tapped(name: str, model: nn.Module, paths: list[str]) -> FeatureTaps:
@@ -238,8 +305,8 @@ def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
         of_teacher = {id(member) for _, member in members(teacher)}
         shared = [name for name, member in members(student) if id(member) in of_teacher]
         if shared:
-            what = "the same network" if student is teacher else f"the student's {shared[0]!r} in both"
+            got = "the same network" if student is teacher else f"the student's {shared[0]!r} in both"
             raise ValueError(
-                f"Distiller: student and teacher must not share {kind}, got {what}: torchqat.prepare works "
+                f"Distiller: student and teacher must not share {kind}, got {got}: torchqat.prepare works "
                 "in place, so make the student of copy.deepcopy(teacher)"
             )

@@ -1,7 +1,7 @@
 """The loss that a quantized student is distilled with."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,8 +42,8 @@ class FAQDLoss(nn.Module):
         L_{kd} = \mathrm{mean}\, (s - t)^2 \ (\mathrm{mse}), \qquad
         L_{kd} = T^2\, \mathrm{KL}(\mathrm{softmax}(t / T) \,\Vert\, \mathrm{softmax}(s / T)) \ (\mathrm{kl})
 
-    as means over the batch. A term of weight 0 is not computed, and what belongs to it is not looked at:
-    with ``lambda_label=0`` labels are never read.
+    as means over the batch; for dense logits (B, classes, \*) over batch and pixels. A term of weight 0 is
+    not computed, and what belongs to it is not looked at: with ``lambda_label=0`` labels are never read.
 
     Args:
         lambda_kd: weight of the logits' term.
@@ -51,7 +51,7 @@ class FAQDLoss(nn.Module):
             over 100 images.
         lambda_label: weight of the cross entropy with the labels; 0 trains without labels.
         kd: ``mse``, the authors' default, or ``kl``.
-        temperature: T, for ``kl`` only.
+        temperature: T, for ``kl`` only. Its default is none of the authors'.
         fa: the loss of one pair of features: None for :class:`torchqat.nn.FeatureAffinityLoss`, or
             :class:`torchqat.nn.FastFeatureAffinityLoss`, or any module of (student, teacher).
 
@@ -60,7 +60,7 @@ class FAQDLoss(nn.Module):
         they are). Labels as :func:`torch.nn.functional.cross_entropy` takes them. The loss is 0-dim.
 
     Raises:
-        TypeError: in forward: logits that are no tensor.
+        TypeError: ``fa`` is no module (a class is none); in forward: logits that are no tensor.
         ValueError: a weight that is negative or not finite, or all are 0; ``kd`` unknown; ``temperature`` not
             positive; in forward: labels, teacher's logits or features that are missing where their weight
             is not 0, or logits of different shapes.
@@ -73,8 +73,9 @@ class FAQDLoss(nn.Module):
         tensor(2.)
 
     Source: Li, Yang, Yin, Qi, Xin, "Feature affinity assisted knowledge distillation and quantization of deep
-    neural networks on label-free data" (2023); the defaults are the authors' programs'. They sum ``kl`` over
-    the batch. ``kl``: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network" (2015).
+    neural networks on label-free data" (2023); the weights and ``mse`` are the authors' programs'. They sum
+    ``kl`` over the batch. ``kl``: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network"
+    (2015).
     """
 
     def __init__(
@@ -98,6 +99,8 @@ class FAQDLoss(nn.Module):
             raise ValueError(f"FAQDLoss: unknown kd {kd!r}; choose one of {', '.join(KINDS)}")
         if not 0 < temperature < math.inf:
             raise ValueError(f"FAQDLoss: temperature must be a finite number > 0, got {temperature}")
+        if not (fa is None or isinstance(fa, nn.Module)):
+            raise TypeError(f"FAQDLoss: fa must be a torch.nn.Module or None, got {what(fa)}")
         self.lambda_kd = lambda_kd
         self.lambda_fa = lambda_fa
         self.lambda_label = lambda_label
@@ -115,14 +118,13 @@ class FAQDLoss(nn.Module):
         teacher_logits: Tensor | None = None,
         features: Iterable[tuple[Tensor, Tensor]] = (),
         labels: Any = None,
+        *,
+        names: Sequence[str] = (),
     ) -> FAQDTerms:
-        """``features`` are pairs of student's and teacher's, on equal grids (:func:`resize_like`)."""
+        """``features`` are pairs of student's and teacher's, on equal grids (:func:`resize_like`); ``names``,
+        where given, are what errors call these pairs."""
         student_logits = _wide("student_logits", student_logits)
-        terms: dict[str, Tensor] = {}
-        if self.lambda_kd:
-            terms["kd"] = self._distance(student_logits, _wide("teacher_logits", teacher_logits))
-        if self.lambda_fa:
-            terms["fa"] = self._affinity(features)
+        terms = self.terms_of_teacher(student_logits, teacher_logits, features, names=names)
         if self.lambda_label:
             if labels is None:
                 raise ValueError(
@@ -132,6 +134,23 @@ class FAQDLoss(nn.Module):
             terms["label"] = F.cross_entropy(student_logits, labels)
         loss = sum(getattr(self, f"lambda_{name}") * term for name, term in terms.items())
         return FAQDTerms(loss, **{name: term.detach() for name, term in terms.items()})
+
+    def terms_of_teacher(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None = None,
+        features: Iterable[tuple[Tensor, Tensor]] = (),
+        *,
+        names: Sequence[str] = (),
+    ) -> dict[str, Tensor]:
+        """The terms that need no labels, ``kd`` and ``fa``, without their weights; none of weight 0."""
+        student_logits = _wide("student_logits", student_logits)
+        terms = {}
+        if self.lambda_kd:
+            terms["kd"] = self._distance(student_logits, _wide("teacher_logits", teacher_logits))
+        if self.lambda_fa:
+            terms["fa"] = self._affinity(features, names)
+        return terms
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         if student.shape != teacher.shape:
@@ -145,8 +164,11 @@ class FAQDLoss(nn.Module):
         divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
         return self.temperature**2 * divergence.mean()
 
-    def _affinity(self, features: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        losses = [self.fa(student, teacher) for student, teacher in features]
+    def _affinity(self, features: Iterable[tuple[Tensor, Tensor]], names: Sequence[str]) -> Tensor:
+        losses = []
+        for student, teacher in features:
+            name = names[len(losses)] if names else f"pair {len(losses)} of features"
+            losses.append(naming(name, self.fa, student, teacher))
         if not losses:
             raise ValueError(
                 "FAQDLoss: features must hold at least one pair where lambda_fa > 0, got none; "
@@ -157,6 +179,22 @@ class FAQDLoss(nn.Module):
     def extra_repr(self) -> str:
         weights = f"{self.lambda_kd}, {self.lambda_fa}, {self.lambda_label}, kd={self.kd!r}"
         return weights + (f", temperature={self.temperature}" if self.kd == "kl" else "")
+
+
+def what(thing: Any) -> str:
+    """What came, for messages: a class itself is a usual mistake for one of its objects."""
+    return f"the class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
+
+
+def naming(name: str, function: Callable, *args: Any, **options: Any) -> Any:
+    """Calls a function; an error that is raised says what it was called for."""
+    try:
+        return function(*args, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        # Subclasses are made in ways of their own, and are looked for by type: torch.OutOfMemoryError.
+        if type(error) not in (TypeError, ValueError, RuntimeError):
+            raise
+        raise type(error)(f"{error} ({name})") from error
 
 
 def _wide(name: str, logits: Any) -> Tensor:

@@ -54,7 +54,7 @@ class FeatureAffinityLoss(torch.nn.Module):
         self.reduction = reduction
         self.eps = eps
         # The operator knows what its options may be: ask it rather than keep a second list.
-        pixel = torch.ones(1, 1, 1)
+        pixel = torch.empty(1, 1, 1, device="meta")
         F.feature_affinity_loss(pixel, pixel, **self.options())
 
     def options(self) -> dict[str, Any]:
@@ -72,8 +72,7 @@ class FastFeatureAffinityLoss(FeatureAffinityLoss):
     r"""The feature-affinity loss seen through random probes:
     :func:`torchqat.functional.fast_feature_affinity_loss` with probes that are drawn anew at each call.
 
-    With S as in :class:`FeatureAffinityLoss` and probes V (N x k), :math:`R = S V` takes 4 N k (C + C')
-    operations and N k numbers:
+    With S as in :class:`FeatureAffinityLoss` and probes V (N x k), :math:`R = S V` is computed without S:
 
     .. math::
         \mathrm{l1:}\ \frac{1}{N^2 k} \sum_{ij} |R_{ij}| \qquad
@@ -106,14 +105,26 @@ class FastFeatureAffinityLoss(FeatureAffinityLoss):
             &\le e^{-t} \\
         P\big(N^2 X \le \mathrm{tr} M - 2 \lVert M \rVert_F \sqrt{t/k} \big) &\le e^{-t}
 
-    **When it pays.** For ``fro`` the exact loss costs about 6 N C² operations with C channels on both sides,
-    so probes are cheaper only where k < 0.75 C. For ``l1`` the exact loss takes about N² (C + C'), and probes
-    are cheaper where k < N / 4, if the other norm will do.
+    In short, with :math:`\mathrm{tr} M` the exact value of :math:`N^2 X`, and :math:`\delta > 0`,
+
+    .. math::
+        P\big(|N^2 X - \mathrm{tr} M| \ge \delta\, \mathrm{tr} M \big)
+            \le 2 \exp\big({-k} (\delta^2 / 4 - \delta^3 / 6)\big)
+
+    whatever S is, which says something for :math:`\delta < 1.5` only: from there on the bound is no less
+    than 2.
+
+    **When it pays.** :func:`torchqat.functional.feature_affinity_loss` and
+    :func:`torchqat.functional.fast_feature_affinity_loss` say what they cost, forward and backward together:
+    for ``fro`` with C channels on both sides 10 N C² operations (or 6 N² C, where that is less) and 14 N C k,
+    so that probes are cheaper only where k < 0.7 C. For ``l1`` the exact loss takes 4 N² C, and probes are
+    cheaper where k < 0.28 N, if the other norm will do.
     :func:`torchqat.functional.recommend_feature_affinity` says which from the shapes.
 
     **Random numbers** come from a generator of its own, never from the global one, whose state is left as it
     is. Its state is in ``state_dict`` (as ``_extra_state``, a uint8 tensor), so that training goes on from a
-    checkpoint with the probes that it would have drawn. With a generator on the CPU the same numbers
+    checkpoint with the probes that it would have drawn. Each forward draws, those of a validation under
+    ``no_grad`` too. With a generator on the CPU the same numbers
     are drawn for features on any device, and copied there from pinned memory without waiting for the device.
     A CUDA graph needs one on the GPU, registered with ``CUDAGraph.register_generator_state``; the state of
     one kind does not load into the other. In distributed training each process draws the same probes.
@@ -148,8 +159,9 @@ class FastFeatureAffinityLoss(FeatureAffinityLoss):
         True
 
     Source: as :class:`FeatureAffinityLoss`, where k = 15 and the generator is seeded anew, and with it all
-    else that is random, at each call. Variance: Hutchinson's trace estimator for S². Tail: B. Laurent,
-    P. Massart, "Adaptive estimation of a quadratic functional by model selection", 2000, lemma 1.
+    else that is random, at each call. Variance: Hutchinson's trace estimator for S². Tails: B. Laurent,
+    P. Massart, "Adaptive estimation of a quadratic functional by model selection", 2000, lemma 1; the short
+    one is Chernoff's, as for one chi-squared number of k degrees, the worst that S can be.
     """
 
     def __init__(
@@ -181,6 +193,8 @@ class FastFeatureAffinityLoss(FeatureAffinityLoss):
         self.distribution = distribution
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if not _belong_together(student, teacher):  # the operator says what is wrong; nothing is drawn for it
+            return F.fast_feature_affinity_loss(student, teacher, torch.empty(0, 0), **self.options())
         wide = torch.float64 in (student.dtype, teacher.dtype)
         probes = self.draw(
             student.shape[2:].numel(), student.device, torch.float64 if wide else torch.float32
@@ -209,11 +223,25 @@ class FastFeatureAffinityLoss(FeatureAffinityLoss):
     def set_extra_state(self, state: Tensor) -> None:
         try:
             self.generator.set_state(state.cpu())
-        except (AttributeError, RuntimeError, TypeError):
+        except (AttributeError, RuntimeError, TypeError) as error:
             raise RuntimeError(
                 f"FastFeatureAffinityLoss: the state must be of a generator on {self.generator.device}, got "
-                + (f"{state.numel()} values" if isinstance(state, Tensor) else repr(state))
+                + (f"{state.numel()} values: {error}" if isinstance(state, Tensor) else repr(state))
             ) from None
 
     def extra_repr(self) -> str:
         return f"probes={self.probes}, {super().extra_repr()}, distribution={self.distribution!r}"
+
+
+def _belong_together(student: Any, teacher: Any) -> bool:
+    """Whether these are features that can be compared."""
+    if not (isinstance(student, Tensor) and isinstance(teacher, Tensor)):
+        return False
+    both = (student, teacher)
+    return (
+        all(f.dim() > 2 and f.size(1) and f.is_floating_point() and not f.is_sparse for f in both)
+        and student.size(0) == teacher.size(0)
+        and student.shape[2:] == teacher.shape[2:]
+        and student.device == teacher.device
+        and student.shape[2:].numel() > 0
+    )

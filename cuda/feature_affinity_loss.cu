@@ -154,13 +154,13 @@ Form l1_by_tensor_cores(const Sizes& sizes) {
   return {run, pixels * (6 * student + 2 * teacher + 12)};
 }
 
-using Products = std::function<at::Tensor(const UnitColumns& columns)>;
+using Products = std::function<at::Tensor(const AffinityColumns& columns)>;
 
 // By matrix products of unit columns in float64, which hold `scratch` numbers for an image.
 Form by_products(const Sizes& sizes, int64_t scratch, const Products& products) {
   const auto run = [=](const Images& images, double eps) {
     at::Tensor norms;  // of the block that was made last
-    UnitColumns columns{sizes.student, sizes.teacher, sizes.pixels, {}, {}};
+    AffinityColumns columns{sizes.student, sizes.teacher, sizes.pixels, {}, {}};
     columns.block = [&](int64_t first, int64_t count) {
       const auto unit =
           empty({images.count(), sizes.student + sizes.teacher, count}, images.student, at::kDouble);
@@ -235,7 +235,7 @@ at::Tensor fast(const at::Tensor& student, const at::Tensor& teacher, const at::
   const auto wide = probes.to(at::kDouble);
   const Sizes sizes = sizes_of(student, teacher);
   const int64_t scratch = affinity_scratch(sizes.student, sizes.teacher, sizes.pixels, probes.size(1));
-  const auto products = [&](const UnitColumns& columns) { return fast_affinity(columns, wide, norm); };
+  const auto products = [&](const AffinityColumns& columns) { return fast_affinity(columns, wide, norm); };
   return run(student, teacher, eps, weight, gradient, by_products(sizes, scratch, products));
 }
 

@@ -119,7 +119,7 @@ void run_products(const Images& images, double eps, double weight, Products&& pr
   const int64_t channels = images.student.size(1);
   const int64_t others = images.teacher.size(1);
   at::Tensor norms;  // of the block that was made last
-  UnitColumns columns{channels, others, images.student.size(2), {}, {}};
+  AffinityColumns columns{channels, others, images.student.size(2), {}, {}};
   columns.block = [&](int64_t first, int64_t count) {
     const auto unit = at::empty({images.student.size(0), channels + others, count}, at::kDouble);
     norms = at::empty({2, images.student.size(0), count}, at::kDouble);
@@ -178,7 +178,7 @@ at::Tensor fast(const at::Tensor& student, const at::Tensor& teacher, const at::
   const auto wide = probes.to(at::kDouble);
   return run(student, teacher, gradient, [&](const Images& images) {
     run_products(images, eps, weight,
-                 [&](const UnitColumns& columns) { return fast_affinity(columns, wide, norm); });
+                 [&](const AffinityColumns& columns) { return fast_affinity(columns, wide, norm); });
   });
 }
 

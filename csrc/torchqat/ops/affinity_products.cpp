@@ -29,7 +29,7 @@ struct Block {
 // Calls f(block) for all blocks in turn. A block that has all pixels is made once only.
 class Blocks {
  public:
-  explicit Blocks(const UnitColumns& columns)
+  explicit Blocks(const AffinityColumns& columns)
       : columns_(columns),
         count_(pixels_of_block(columns.student_channels + columns.teacher_channels, columns.pixels)) {}
 
@@ -45,7 +45,7 @@ class Blocks {
   }
 
  private:
-  const UnitColumns& columns_;
+  const AffinityColumns& columns_;
   int64_t count_;
   at::Tensor all_;
 };
@@ -60,7 +60,7 @@ at::Tensor product_sum(const at::Tensor& a, const at::Tensor& b) {
   return at::bmm(a.flatten(1).unsqueeze(1), b.flatten(1).unsqueeze(2)).view({a.size(0)});
 }
 
-at::Tensor by_pixels(const UnitColumns& columns) {
+at::Tensor by_pixels(const AffinityColumns& columns) {
   const auto unit = columns.block(0, columns.pixels);
   const auto a = unit.narrow(1, 0, columns.student_channels);
   const auto b = unit.narrow(1, columns.student_channels, columns.teacher_channels);
@@ -70,7 +70,7 @@ at::Tensor by_pixels(const UnitColumns& columns) {
   return product_sum(s, s);
 }
 
-at::Tensor by_channels(const UnitColumns& columns) {
+at::Tensor by_channels(const AffinityColumns& columns) {
   at::Tensor grams;  // [AA', AB']
   at::Tensor teachers;
   Blocks blocks(columns);
@@ -92,12 +92,12 @@ at::Tensor by_channels(const UnitColumns& columns) {
 
 }  // namespace
 
-at::Tensor frobenius_affinity(const UnitColumns& columns) {
+at::Tensor frobenius_affinity(const AffinityColumns& columns) {
   const bool direct = takes_pixels(columns.student_channels, columns.teacher_channels, columns.pixels);
   return direct ? by_pixels(columns) : by_channels(columns);
 }
 
-at::Tensor fast_affinity(const UnitColumns& columns, const at::Tensor& probes, std::string_view norm) {
+at::Tensor fast_affinity(const AffinityColumns& columns, const at::Tensor& probes, std::string_view norm) {
   const double weight = 1.0 / static_cast<double>(probes.size(1));
   const auto probes_of = [&](const Block& block) {
     return probes.narrow(0, block.first, block.unit.size(2))

@@ -11,7 +11,7 @@
 // relative distance of 1e-3.
 namespace torchqat {
 
-struct UnitColumns {
+struct AffinityColumns {
   int64_t student_channels;
   int64_t teacher_channels;
   int64_t pixels;
@@ -23,11 +23,11 @@ struct UnitColumns {
 
 // |S|^2 of each image, (images). Takes S itself or the Gram matrices, whichever needs fewer operations
 // (math::affinity_flops); S itself in one block.
-at::Tensor frobenius_affinity(const UnitColumns& columns);
+at::Tensor frobenius_affinity(const AffinityColumns& columns);
 
 // The mean over the columns v of `probes` (pixels, k), float64, of |Sv|^2 ("fro") or of the sum of |Sv|
 // ("l1").
-at::Tensor fast_affinity(const UnitColumns& columns, const at::Tensor& probes, std::string_view norm);
+at::Tensor fast_affinity(const AffinityColumns& columns, const at::Tensor& probes, std::string_view norm);
 
 // Numbers that they hold for an image at most, the gradient of a block and its columns included; `probes` is
 // 0 for frobenius_affinity.

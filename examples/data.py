@@ -47,17 +47,25 @@ class Data:
         parts = (self.images, self.labels, self.test_images, self.test_labels)
         return Data(*(part[:n] for part in parts), self.shift, self.mirror)
 
-    def labelled(self, n: int | None) -> "Data":
-        """The first n training images, normalized as all of them, in epochs of as many images."""
+    def first(self, n: int | None) -> "Data":
+        """The first n training images."""
         if n is not None and n > len(self.images):
-            raise DataError(f"there are {len(self.images)} training images, and labels are wanted for {n}")
-        part = replace(self, images=self.images[:n], labels=self.labels[:n], epoch_size=len(self.images))
-        part.mean, part.std = self.mean, self.std
-        return part
+            raise DataError(f"there are {len(self.images)} training images, and {n} are wanted")
+        return self._changed(images=self.images[:n], labels=self.labels[:n])
+
+    def labelled(self, n: int | None) -> "Data":
+        """The first n training images, in epochs of as many as there are in all."""
+        return self.first(n)._changed(epoch_size=len(self.images))
 
     def unlabelled(self) -> "Data":
         """The same images; their labels are nowhere in it."""
-        return replace(self, labels=None)
+        return self._changed(labels=None)
+
+    def _changed(self, **parts) -> "Data":
+        """With other images or labels, normalized as these are."""
+        changed = replace(self, **parts)
+        changed.mean, changed.std = self.mean, self.std
+        return changed
 
     def normalized(self, images: Tensor, device: torch.device) -> Tensor:
         return ((images.float() - self.mean) / self.std).to(device)

@@ -2,6 +2,7 @@
 
     python examples/distill_classifier.py                                       # digits, one seed
     python examples/distill_classifier.py --dataset fashion-mnist --seeds 0 1 2
+    python examples/distill_classifier.py --dataset fashion-mnist --images 1000 --epochs 100
     python examples/distill_classifier.py --dataset fashion-mnist --labelled 6000 --teacher-labelled 6000
     python examples/distill_classifier.py --dataset mnist --subset 2000 --epochs 2 --arms labels kd
 
@@ -15,8 +16,9 @@ same first weights and with the same batches, with another loss:
     kd-unlabelled      as kd, from images alone: what hands out the batches has no labels
     kd+fa-unlabelled   as kd+fa, from images alone
 
-With --labelled N the arms that read labels see N training images only, in as many steps, and those without
-labels see all of them. The teacher has been trained on all, or with --teacher-labelled N on N of them.
+With --images N the students see N training images only. With --labelled N the arms that read labels see N
+training images only, in as many steps, and those without labels see all of them. The teacher has been trained
+on all, or with --teacher-labelled N on N of them.
 
 Finished arms are kept in --out, with a checkpoint per epoch of the one in work: after Ctrl-C the same command
 with --resume goes on, to the same numbers; it can name other --arms and --seeds. The table, the plot and the
@@ -92,6 +94,7 @@ class Network(table.Network):
 
     def __init__(self, args: argparse.Namespace, seed: int, dataset: data.Data, name: str):
         self.arm = ARMS.get(name)
+        dataset = dataset.first(args.images) if self.arm else dataset
         if self.arm and not self.arm.labels:
             dataset = dataset.unlabelled()
         else:

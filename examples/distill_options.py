@@ -83,6 +83,8 @@ def parse_arguments(description: str) -> argparse.Namespace:
     options.add_data(task)
     which = f"what to train: {', '.join(ARMS)} (default: all)"
     task.add_argument("--arms", choices=ARMS, nargs="+", default=argparse.SUPPRESS, help=which, metavar="ARM")
+    few = "so many training images for the students (default: all)"
+    task.add_argument("--images", type=number(int, 2), default=argparse.SUPPRESS, help=few, metavar="N")
     for option, whom in (("--labelled", "the students"), ("--teacher-labelled", "the teacher")):
         some = f"labels of so many training images for {whom} (default: of all)"
         task.add_argument(option, type=number(int, 2), default=argparse.SUPPRESS, help=some, metavar="N")
@@ -106,7 +108,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     options.add_run(parser.add_argument_group("run"), Path("runs/distill"), free)
     parser.set_defaults(**COMMON)
     args = parser.parse_args()
-    absent = dict.fromkeys(("labelled", "teacher_labelled", "taps", "data_dir", "subset"))
+    absent = dict.fromkeys(("images", "labelled", "teacher_labelled", "taps", "data_dir", "subset"))
     for key, value in {"arms": list(ARMS), **absent, **RECIPES[args.dataset]}.items():
         vars(args).setdefault(key, value)
     args.rows, args.kept = args.arms, "*/*"

@@ -224,9 +224,10 @@ def test_few_labels_make_no_shorter_epochs(example):
     assert [labels for _, labels in part.unlabelled().batches(20, torch.device("cpu"))] == 3 * [None]
 
 
-def test_labels_of_more_images_than_there_are_cannot_be_had(distill, tmp_path):
-    code, _, stderr = distill("--labelled", "61", "--out", tmp_path)
-    assert code == 2 and one_line(stderr, "there are 60 training images, and labels are wanted for 61")
+def test_more_images_than_there_are_cannot_be_had(distill, tmp_path):
+    for option in ("--labelled", "--images"):
+        code, _, stderr = distill(option, "61", "--out", tmp_path)
+        assert code == 2 and one_line(stderr, "there are 60 training images, and 61 are wanted")
 
 
 def test_labelled_is_for_the_arms_that_read_labels(distill, example, tmp_path, monkeypatch):
@@ -241,6 +242,10 @@ def test_labelled_is_for_the_arms_that_read_labels(distill, example, tmp_path, m
     words = ("--labelled", 20, "--teacher-labelled", 30, "--arms", "kd", "kd+fa-unlabelled")
     assert distill(*words, "--no-plots", "--out", tmp_path)[0] == 0
     assert seen == [(True, 30, 60)] + 3 * [(True, 20, 60)] + 3 * [(False, 60, None)]
+    seen.clear()
+    words = ("--images", 20, "--arms", "kd", "kd+fa-unlabelled", "--overwrite")
+    assert distill(*words, "--no-plots", "--out", tmp_path)[0] == 0
+    assert seen == [(True, 60, 60)] + 3 * [(True, 20, 20)] + 3 * [(False, 20, None)]
 
 
 @pytest.mark.parametrize("name", ["lenet5", "vgg11", "resnet20", "cnn4", "cnn4-fine", "cnn4-strided"])

@@ -186,7 +186,8 @@ Form by_products(const Sizes& sizes, int64_t scratch, const Products& products) 
 }
 
 // The values of all images, and the gradient in the student's features where `gradient` is defined. So many
-// images are taken together that all this, with the gradient, needs no more memory than twice the features.
+// images are taken together, one at least, that all this, with the gradient, needs no more memory than twice
+// the features.
 at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, double eps, double weight,
                const at::Tensor& gradient, const Form& form) {
   const c10::cuda::CUDAGuard device(student.device());

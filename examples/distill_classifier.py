@@ -33,7 +33,6 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-import checkpoint
 import data
 import models
 import packing
@@ -48,7 +47,7 @@ from torch import Tensor, nn
 from torchqat.distill import Distiller, FAQDLoss, LazyConnector
 from torchqat.nn import FastFeatureAffinityLoss
 from torchqat.optim import BCGD, param_groups
-from training import conditions, orderly
+from training import orderly
 
 FIRST_EPOCHS = (1, 2, 5)
 ALL = ["float", *ARMS]
@@ -203,13 +202,7 @@ def report(results: dict[str, list[dict]], args: argparse.Namespace) -> None:
         missing = [""] * (len(first) + 1 - len(shown))
         cells = row["title"], *missing, *shown, gap, len(row["seeds"]), round(row["seconds"])
         print(f"| {' | '.join(map(str, cells))} |")
-    checkpoint.write_json(args.out / "metrics.json", {**conditions(args, args.settings), "rows": rows})
-    plot = args.out / "distill.png"
-    plot.unlink(missing_ok=True)  # an old one would not show these numbers
-    if not args.no_plots:
-        with plt.rc_context(plots.STYLE):
-            draw(plot, rows, results)
-    print(f"\nall numbers{'' if args.no_plots else ' and the plot'} are in {args.out}")
+    table.publish(args, args.settings, rows, "distill.png", lambda path: draw(path, rows, results))
 
 
 def row_of(name: str, runs: list[dict], first: list[int]) -> dict:

@@ -26,7 +26,6 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-import checkpoint
 import data
 import models
 import options
@@ -40,7 +39,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import nn
 from torchqat.nn import StaircaseReLU
 from torchqat.optim import BCGD, param_groups
-from training import conditions, orderly
+from training import orderly
 
 
 @dataclass(frozen=True)
@@ -144,13 +143,7 @@ def report(results: dict[str, list[dict]], args: argparse.Namespace) -> None:
         cells = row.title, row.published or "", ours, len(runs), numbers["epochs"], f"{seconds:.1f}"
         print(f"| {' | '.join(map(str, cells))} |")
     settings = {key: getattr(args, key) for key in (*FLOAT_SETTINGS, "epochs", "lr")}
-    checkpoint.write_json(args.out / "metrics.json", {**conditions(args, settings), "rows": summary})
-    plot = args.out / "ste_mnist.png"
-    plot.unlink(missing_ok=True)  # an old one would not show these numbers
-    if not args.no_plots:
-        with plt.rc_context(plots.STYLE):
-            draw(plot, summary, results)
-    print(f"\nall numbers{'' if args.no_plots else ' and the plot'} are in {args.out}")
+    table.publish(args, settings, summary, "ste_mnist.png", lambda path: draw(path, summary, results))
 
 
 def draw(path: Path, summary: dict[str, dict], results: dict[str, list[dict]]) -> None:

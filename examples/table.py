@@ -1,5 +1,6 @@
 """A table of networks: each row is trained once for each seed, and kept in a folder as it is finished."""
 
+import abc
 import argparse
 import itertools
 import statistics
@@ -8,12 +9,14 @@ from pathlib import Path
 
 import checkpoint
 import data
+import plots
+from matplotlib import pyplot as plt
 from training import Training, conditions
 
 Settings = Callable[[argparse.Namespace, str], dict]
 
 
-class Network(Training):
+class Network(Training, abc.ABC):
     """One row of one seed, in a folder of its own; `train_from_start` is what a program adds."""
 
     def __init__(self, args: argparse.Namespace, settings: dict, seed: int, dataset: data.Data, name: str):
@@ -32,8 +35,9 @@ class Network(Training):
             )
         self.checkpoint.unlink(missing_ok=True)
 
+    @abc.abstractmethod
     def train_from_start(self) -> None:
-        raise NotImplementedError
+        """Trains from the first weights, or from what a checkpoint has."""
 
     @property
     def float_file(self) -> Path:
@@ -97,3 +101,16 @@ def curves(runs: list[dict], stage: str) -> list[list[float]]:
 
 def shown(mean: float, spread: float | None) -> str:
     return f"{mean:.2f}" + ("" if spread is None else f" +- {spread:.2f}")
+
+
+def publish(
+    args: argparse.Namespace, settings: dict, rows: dict[str, dict], name: str, draw: Callable[[Path], None]
+) -> None:
+    """Writes the numbers of a table and its plot, and says where they are."""
+    checkpoint.write_json(args.out / "metrics.json", {**conditions(args, settings), "rows": rows})
+    plot = args.out / name
+    plot.unlink(missing_ok=True)  # an old one would not show these numbers
+    if not args.no_plots:
+        with plt.rc_context(plots.STYLE):
+            draw(plot)
+    print(f"\nall numbers{'' if args.no_plots else ' and the plot'} are in {args.out}")

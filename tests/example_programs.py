@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import importlib
+import json
 import os
 import signal
 import sys
@@ -40,7 +41,8 @@ def run_main(module, words, monkeypatch, capsys):
 @contextlib.contextmanager
 def stopped_after(checkpoints, example, monkeypatch):
     """Ctrl-C right after so many checkpoints have been written."""
-    save, left = example.checkpoint.save, [checkpoints]
+    checkpoint = importlib.import_module("checkpoint")  # the one that the example imports
+    save, left = checkpoint.save, [checkpoints]
 
     def save_then_stop(*args, **state):
         save(*args, **state)
@@ -49,8 +51,16 @@ def stopped_after(checkpoints, example, monkeypatch):
             raise example.ending.Stopped(signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        patched.setattr(example.checkpoint, "save", save_then_stop)
+        patched.setattr(checkpoint, "save", save_then_stop)
         yield
+
+
+def contents_of_table(out):
+    """What must be the same when the numbers are: all results but for the time, and the float networks."""
+    found = {}
+    for path in sorted(out.glob("seed-*/*/metrics.json")):
+        found[path.relative_to(out)] = json.loads(path.read_text()) | {"seconds": None}
+    return found, [path.read_bytes() for path in sorted(out.glob("seed-*/float/float.tqat"))]
 
 
 def one_line_of(program, stderr, *parts):

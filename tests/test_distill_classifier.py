@@ -9,7 +9,15 @@ import sys
 
 import pytest
 import torch
-from example_programs import EXAMPLES, files_in, imported, one_line_of, run_main, stopped_after
+from example_programs import (
+    EXAMPLES,
+    contents_of_table,
+    files_in,
+    imported,
+    one_line_of,
+    run_main,
+    stopped_after,
+)
 from torchqat.nn import StaircaseReLU
 from torchqat.optim import BCGD
 
@@ -37,14 +45,6 @@ def distill(example, monkeypatch, capsys):
 
 
 one_line = functools.partial(one_line_of, "distill_classifier")
-
-
-def contents(out):
-    """What must be the same when the numbers are: all results but for the time, and the teachers."""
-    found = {}
-    for path in sorted(out.glob("seed-*/*/metrics.json")):
-        found[path.relative_to(out)] = json.loads(path.read_text()) | {"seconds": None}
-    return found, [path.read_bytes() for path in sorted(out.glob("seed-*/float/float.tqat"))]
 
 
 def test_the_whole_table(distill, example, tmp_path):
@@ -89,7 +89,7 @@ def test_the_arm_without_labels_gives_the_same_whatever_the_labels(distill, exam
     monkeypatch.setattr(example.data, "load", mislabelled)
     assert distill(*arms, "--out", tmp_path / "wrong", "--resume")[0] == 0
     right, wrong = (
-        {path.parts[1]: result for path, result in contents(tmp_path / run)[0].items()}
+        {path.parts[1]: result for path, result in contents_of_table(tmp_path / run)[0].items()}
         for run in ("right", "wrong")
     )
     assert wrong["kd+fa-unlabelled"] == right["kd+fa-unlabelled"]
@@ -164,7 +164,7 @@ def test_stopped_after_any_checkpoint_it_resumes_to_the_same_numbers(
         code, stdout, _ = distill(*PROBED, *out)
     assert code == 130 and "--resume goes on there" in stdout
     assert distill(*PROBED, *out, "--resume")[0] == 0
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+    assert contents_of_table(tmp_path / "stopped") == contents_of_table(tmp_path / "whole")
 
 
 def test_arms_and_seeds_added_later_are_those_of_one_run(distill, tmp_path):
@@ -174,7 +174,7 @@ def test_arms_and_seeds_added_later_are_those_of_one_run(distill, tmp_path):
     assert distill("--arms", "kd", *out)[0] == 0
     code, stdout, _ = distill("--arms", "labels", "kd", "--seeds", 0, 1, *out, "--resume")
     assert code == 0 and "seed 0  float" not in stdout and "seed 0  kd" not in stdout
-    assert contents(tmp_path / "parts") == contents(tmp_path / "both")
+    assert contents_of_table(tmp_path / "parts") == contents_of_table(tmp_path / "both")
 
 
 def test_a_student_can_start_from_its_teachers_weights(distill, example, tmp_path, monkeypatch):

@@ -7,7 +7,15 @@ import sys
 
 import pytest
 import torch
-from example_programs import files_in, imported, one_line_of, run_main, stopped_after, write_idx_files
+from example_programs import (
+    contents_of_table,
+    files_in,
+    imported,
+    one_line_of,
+    run_main,
+    stopped_after,
+    write_idx_files,
+)
 from torchqat.nn import StaircaseReLU
 
 for needed in ("matplotlib", "tqdm"):
@@ -42,14 +50,6 @@ def reproduce(example, mnist, monkeypatch, capsys):
 
 
 one_line = functools.partial(one_line_of, "reproduce_ste_mnist")
-
-
-def contents(out):
-    """What must be the same when the numbers are: all results but for the time, and the float network."""
-    found = {}
-    for path in sorted(out.glob("seed-*/*/metrics.json")):
-        found[path.relative_to(out)] = json.loads(path.read_text()) | {"seconds": None}
-    return found, [path.read_bytes() for path in sorted(out.glob("seed-*/float/float.tqat"))]
 
 
 def test_the_whole_table(reproduce, example, tmp_path):
@@ -91,7 +91,7 @@ def test_stopped_after_any_checkpoint_it_resumes_to_the_same_numbers(
         code, stdout, _ = reproduce(*TWO_ROWS, *out)
     assert code == 130 and "--resume goes on there" in stdout
     assert reproduce(*TWO_ROWS, *out, "--resume")[0] == 0
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+    assert contents_of_table(tmp_path / "stopped") == contents_of_table(tmp_path / "whole")
 
 
 def test_rows_and_seeds_added_later_are_those_of_one_run(reproduce, tmp_path):
@@ -99,12 +99,12 @@ def test_rows_and_seeds_added_later_are_those_of_one_run(reproduce, tmp_path):
     assert reproduce(*TWO_ROWS, "--seeds", 0, 1, *both)[0] == 0
     out = ("--no-plots", "--out", tmp_path / "parts")
     assert reproduce("--rows", "w1a2", *out)[0] == 0
-    before = contents(tmp_path / "parts")
+    before = contents_of_table(tmp_path / "parts")
     code, stdout, _ = reproduce(*TWO_ROWS, *out, "--resume")
     assert code == 0 and "float     epoch" not in stdout and "w1a2      epoch" not in stdout
-    assert contents(tmp_path / "parts")[0].items() > before[0].items()
+    assert contents_of_table(tmp_path / "parts")[0].items() > before[0].items()
     assert reproduce(*TWO_ROWS, "--seeds", 1, *out, "--resume")[0] == 0
-    assert contents(tmp_path / "parts") == contents(tmp_path / "both")
+    assert contents_of_table(tmp_path / "parts") == contents_of_table(tmp_path / "both")
     parts, both = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("parts", "both"))
     for summary in (parts, both):  # the last one is of all rows and seeds
         for row in summary["rows"].values():

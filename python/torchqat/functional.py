@@ -366,16 +366,18 @@ def feature_affinity_loss(
     ``fro`` uses the Gram matrices of the channels, :math:`\|S\|_F^2 = \|AA^T\|_F^2 + \|BB^T\|_F^2 -
     2\|AB^T\|_F^2`, or where there are few pixels, less than about 1.7 times the channels, :math:`S` itself
     (the form that needs fewer operations). The gradient is computed along with the loss, and is all that is
-    kept for backward: as many bytes as the student's features. The work on an image, forward and backward,
-    is with :math:`C` channels in both :math:`4 N^2 C` operations for ``l1`` on a CPU (half of :math:`S` is
-    enough; :math:`6 N^2 C` on a GPU), and the lesser of :math:`10 N C^2` and :math:`6 N^2 C` for ``fro``.
+    kept for backward: a tensor like the student's features, float32 where they are of half precision, whose
+    range it can leave. The work on an image, forward and backward, is with :math:`C` channels in both
+    :math:`4 N^2 C` operations for ``l1`` on a CPU (half of :math:`S` is enough; :math:`6 N^2 C` on a GPU),
+    and the lesser of :math:`10 N C^2` and :math:`6 N^2 C` for ``fro``.
 
     ``fro`` is computed in float64, whatever the features: where the student is close to the teacher the loss
     is a small difference of large numbers, of which float32 keeps no digit at a relative distance of 1e-3.
-    Float64 products cost little on CPUs and on data-center GPUs; on other GPUs they run at 1/32 to 1/64 of
-    the float32 rate. ``l1`` is computed in float32 (float64 for float64 features); its gradient follows the
-    signs of :math:`S`, and those of elements below about 1e-6 are rounding. Neither uses TF32, and autocast
-    changes nothing.
+    Float64 products run at half the float32 rate on CPUs; on many GPUs they are far slower than that, and on
+    none have they been measured. Columns whose squares float64 cannot hold, of norms beyond about 1e154 or
+    below 1e-154, are out of range. ``l1`` is computed in float32 (float64 for float64 features); its gradient
+    follows the signs of :math:`S`, and those of elements below about 1e-6 are rounding. Neither uses TF32, and
+    autocast changes nothing.
 
     Args:
         student: features of shape (batch, channels, \*spatial), any number of spatial dimensions; float64,

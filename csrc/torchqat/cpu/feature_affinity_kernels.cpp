@@ -23,6 +23,7 @@ void read_row(const Columns<const S>& from, int64_t channel, int64_t pixel, int6
     for (int64_t i = 0; i < count; ++i) row[i] = static_cast<OpMath<S>>(start[i * from.pixel_stride]);
   }
 }
+
 template <typename S, typename W>
 TORCHQAT_ALL_INLINE void unit(const Columns<const S>& features, double eps, W* unit, double* norms) {
   OpMath<S> row[kBlock] = {};

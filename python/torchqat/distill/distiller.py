@@ -114,9 +114,8 @@ class Distiller(nn.Module):
         _check_model("student", student)
         _check_model("teacher", teacher)
         _check_apart(student, teacher)
-        super().__setattr__(
-            "student", student
-        )  # the first of parameters() and state_dict(), without taps yet
+        # The first of parameters() and state_dict(); its taps come last.
+        super().__setattr__("student", student)
         self.loss = loss
         self.align_corners = align_corners
         self.pairs = _pairs(taps)

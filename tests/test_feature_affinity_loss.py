@@ -1,8 +1,10 @@
 """The feature affinity losses and their recommendation: against matrices of pixels by pixels in float64, near
 the teacher, in every layout, in memory, and on bad input."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import layouts
 import oracles
@@ -356,6 +358,38 @@ def test_memory_does_not_grow_with_the_square_of_the_pixels():
     """S has 2^28 elements here, a gibibyte of float32; the features have 2^16."""
     result = subprocess.run([sys.executable, "-c", CAPPED], capture_output=True, text=True, check=True)
     assert int(result.stdout) * 1024 < 2**24
+
+
+PEAKS = """
+import sys, meters, torch, torchqat.functional as F
+torch.set_num_threads(int(sys.argv[1]))
+student = torch.randn(8, 64, 56, 56, requires_grad=True)
+teacher = torch.randn(8, 64, 56, 56)
+probes = torch.randn(56 * 56, 15)
+for norm in ("l1", "fro"):
+    exact = lambda: F.feature_affinity_loss(student, teacher, norm=norm)
+    fast = lambda: F.fast_feature_affinity_loss(student, teacher, probes, norm=norm)
+    for loss in (exact, fast):
+        step = lambda: torch.autograd.grad(loss(), student)
+        step()  # buffers of the product and of autograd's threads
+        print(meters.peak_bytes(step, "cpu") or -1)
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_forward_and_backward_take_at_most_twice_the_features(threads):
+    """Every block of the C library has pages of its own here, so that these are the bytes asked for."""
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    paths = os.pathsep.join([str(benchmarks), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17), "PYTHONPATH": paths}
+    command = [sys.executable, "-c", PEAKS, str(threads)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    peaks = [int(peak) for peak in result.stdout.split()]
+    assert len(peaks) == 4
+    if -1 in peaks:
+        pytest.skip("this kernel does not tell the peak of resident memory")
+    features = 2 * 8 * 64 * 56 * 56 * 4
+    assert all(features / 2 < peak < 2 * features for peak in peaks)
 
 
 @pytest.mark.parametrize("norm", NORMS)

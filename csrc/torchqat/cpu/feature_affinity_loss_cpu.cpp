@@ -13,8 +13,11 @@ namespace {
 
 // A tile of S has so many rows and columns at most: it stays in the second cache.
 constexpr int64_t kTile = 256;
+// The gradient in unit columns is taken for so many pixels at once: enough for a product, small beside a
+// block.
+constexpr int64_t kPiece = 512;
 // Images are taken together until their unit columns have so many elements, to make calls worth their while.
-constexpr int64_t kGrain = 1 << 16;
+constexpr int64_t kGrain = 1 << 15;
 
 template <typename S>
 Columns<S> columns_of(const at::Tensor& features, int64_t image) {
@@ -61,6 +64,20 @@ struct Images {
   at::Tensor student, teacher, values, gradient;
 };
 
+// The unit columns of some images lie in memory that a thread keeps from some to the next: heaps seldom put
+// an aligned block where one of its size has been freed, and would grow by another.
+class Scratch {
+ public:
+  at::Tensor get(at::IntArrayRef sizes, at::ScalarType dtype) {
+    const int64_t numel = c10::multiply_integers(sizes);
+    if (!memory_.defined() || memory_.numel() < numel) memory_ = at::empty({numel}, dtype);
+    return memory_.narrow(0, 0, numel).view(sizes);
+  }
+
+ private:
+  at::Tensor memory_;
+};
+
 // The sums of |S_ij| over i != j, tile by tile of the upper triangle of S, in the dtype of `unit`.
 // `gradient`, where it is defined, gets that in the student's unit columns.
 template <typename W>
@@ -96,13 +113,13 @@ void l1_affinity(const at::Tensor& unit, const at::Tensor& values, const at::Ten
 }
 
 template <typename W>
-void run_l1(const Images& images, double eps, double weight) {
+void run_l1(const Images& images, double eps, double weight, Scratch& scratch) {
   const int64_t channels = images.student.size(1);
   const int64_t others = images.teacher.size(1);
   const auto dtype = c10::CppTypeToScalarType<W>::value;
   const int64_t count = images.student.size(0);
   const int64_t pixels = images.student.size(2);
-  const auto unit = at::empty({count, channels + others, pixels}, dtype);
+  const auto unit = scratch.get({count, channels + others, pixels}, dtype);
   const auto norms = at::empty({2, count, pixels}, at::kDouble);
   fill_unit<W>(images.student, eps, unit, norms[0]);
   fill_unit<W>(images.teacher, eps, unit.narrow(1, channels, others), norms[1]);
@@ -115,14 +132,16 @@ void run_l1(const Images& images, double eps, double weight) {
 }
 
 template <typename Products>
-void run_products(const Images& images, double eps, double weight, Products&& products) {
+void run_products(const Images& images, double eps, double weight, Scratch& scratch, Products&& products) {
   const int64_t channels = images.student.size(1);
   const int64_t others = images.teacher.size(1);
-  at::Tensor norms;  // of the block that was made last
-  AffinityColumns columns{channels, others, images.student.size(2), {}, {}};
+  at::Tensor norms;  // of the block that was made last, from pixel `made` on
+  int64_t made = 0;
+  AffinityColumns columns{channels, others, images.student.size(2), {}, {}, kPiece};
   columns.block = [&](int64_t first, int64_t count) {
-    const auto unit = at::empty({images.student.size(0), channels + others, count}, at::kDouble);
+    const auto unit = scratch.get({images.student.size(0), channels + others, count}, at::kDouble);
     norms = at::empty({2, images.student.size(0), count}, at::kDouble);
+    made = first;
     fill_unit<double>(images.student.narrow(2, first, count), eps, unit, norms[0]);
     fill_unit<double>(images.teacher.narrow(2, first, count), eps, unit.narrow(1, channels, others),
                       norms[1]);
@@ -130,14 +149,17 @@ void run_products(const Images& images, double eps, double weight, Products&& pr
   };
   if (images.gradient.defined()) {
     columns.take_gradient = [&](int64_t first, const at::Tensor& gradient) {
-      const auto block = [&](const at::Tensor& t) { return t.narrow(2, first, gradient.size(2)); };
-      fill_gradient<double>(gradient, block(images.student), norms[0], eps, weight, block(images.gradient));
+      const auto part = [&](const at::Tensor& t, int64_t from) {
+        return t.narrow(-1, from, gradient.size(2));
+      };
+      fill_gradient<double>(gradient, part(images.student, first), part(norms[0], first - made), eps, weight,
+                            part(images.gradient, first));
     };
   }
   images.values.copy_(products(columns));
 }
 
-// Calls f(Images) for all images, some at a time, in parallel; returns their values.
+// Calls f(Images, Scratch) for all images, some at a time, in parallel; returns their values.
 template <typename F>
 at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& gradient, F&& f) {
   const auto a = as_columns(student);
@@ -151,11 +173,12 @@ at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, const at::T
   at::parallel_for(0, std::max<int64_t>(parts, 2), 1, [&](int64_t from, int64_t to) {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast_dispatch_keyset);
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    Scratch scratch;
     for (int64_t part = from; part < std::min(to, parts); ++part) {
       const auto of_part = [&](const at::Tensor& t) {
         return t.narrow(0, part * together, std::min(together, t.size(0) - part * together));
       };
-      f(Images{of_part(a), of_part(b), of_part(values), grad.defined() ? of_part(grad) : grad});
+      f(Images{of_part(a), of_part(b), of_part(values), grad.defined() ? of_part(grad) : grad}, scratch);
     }
   });
   if (grad.defined() && !grad.is_alias_of(gradient)) gradient.copy_(grad.view_as(gradient));
@@ -164,11 +187,13 @@ at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, const at::T
 
 at::Tensor exact(const at::Tensor& student, const at::Tensor& teacher, std::string_view norm, double eps,
                  double weight, const at::Tensor& gradient, at::ScalarType dtype) {
-  return run(student, teacher, gradient, [&](const Images& images) {
+  return run(student, teacher, gradient, [&](const Images& images, Scratch& scratch) {
     if (norm == "fro") {
-      run_products(images, eps, weight, frobenius_affinity);
+      run_products(images, eps, weight, scratch, frobenius_affinity);
+    } else if (dtype == at::kDouble) {
+      run_l1<double>(images, eps, weight, scratch);
     } else {
-      dtype == at::kDouble ? run_l1<double>(images, eps, weight) : run_l1<float>(images, eps, weight);
+      run_l1<float>(images, eps, weight, scratch);
     }
   });
 }
@@ -176,8 +201,8 @@ at::Tensor exact(const at::Tensor& student, const at::Tensor& teacher, std::stri
 at::Tensor fast(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& probes,
                 std::string_view norm, double eps, double weight, const at::Tensor& gradient) {
   const auto wide = probes.to(at::kDouble);
-  return run(student, teacher, gradient, [&](const Images& images) {
-    run_products(images, eps, weight,
+  return run(student, teacher, gradient, [&](const Images& images, Scratch& scratch) {
+    run_products(images, eps, weight, scratch,
                  [&](const AffinityColumns& columns) { return fast_affinity(columns, wide, norm); });
   });
 }

@@ -55,6 +55,18 @@ void add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
   sum.defined() ? sum.baddbmm_(a, b) : sum = at::bmm(a, b);
 }
 
+// Hands over the gradient in `count` columns from pixel `first` on piece by piece: gradient(part) is that of
+// one, for whose pixels part(t) narrows the last dimension of t.
+template <typename F>
+void hand_over(const AffinityColumns& columns, int64_t first, int64_t count, F&& gradient) {
+  for (int64_t from = 0; from < count; from += columns.piece) {
+    const auto part = [&](const at::Tensor& t) {
+      return t.narrow(-1, from, std::min(columns.piece, count - from));
+    };
+    columns.take_gradient(first + from, gradient(part));
+  }
+}
+
 // The sum of the products of two matrices' elements, for each image.
 at::Tensor product_sum(const at::Tensor& a, const at::Tensor& b) {
   return at::bmm(a.flatten(1).unsqueeze(1), b.flatten(1).unsqueeze(2)).view({a.size(0)});
@@ -66,7 +78,9 @@ at::Tensor by_pixels(const AffinityColumns& columns) {
   const auto b = unit.narrow(1, columns.student_channels, columns.teacher_channels);
   auto s = at::bmm(a.mT(), a);
   s.baddbmm_(b.mT(), b, /*beta=*/1, /*alpha=*/-1);
-  if (columns.take_gradient) columns.take_gradient(0, at::bmm(a, s).mul_(4));
+  if (columns.take_gradient) {
+    hand_over(columns, 0, columns.pixels, [&](const auto& part) { return at::bmm(a, part(s)).mul_(4); });
+  }
   return product_sum(s, s);
 }
 
@@ -84,8 +98,10 @@ at::Tensor by_channels(const AffinityColumns& columns) {
   if (columns.take_gradient) {  // 4 [(AA')A - (AB')B]
     own.mul_(4);
     cross.mul_(-4);
-    blocks.for_each(
-        [&](const Block& block) { columns.take_gradient(block.first, at::bmm(grams, block.unit)); });
+    blocks.for_each([&](const Block& block) {
+      hand_over(columns, block.first, block.unit.size(2),
+                [&](const auto& part) { return at::bmm(grams, part(block.unit)); });
+    });
   }
   return values;
 }
@@ -134,8 +150,10 @@ at::Tensor fast_affinity(const AffinityColumns& columns, const at::Tensor& probe
   if (columns.take_gradient) {  // (AR)V' + (AV)R'
     blocks.for_each([&](const Block& block) {
       const auto r = blocks.is_one() ? of_all : derivative(probed(block));
-      auto gradient = at::bmm(ar, probes_of(block).mT());
-      columns.take_gradient(block.first, gradient.baddbmm_(av, r.mT()));
+      hand_over(columns, block.first, block.unit.size(2), [&](const auto& part) {
+        auto gradient = at::bmm(ar, part(probes_of(block).mT()));
+        return gradient.baddbmm_(av, part(r.mT()));
+      });
     });
   }
   return values.mul_(weight);

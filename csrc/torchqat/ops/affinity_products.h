@@ -17,8 +17,10 @@ struct AffinityColumns {
   int64_t pixels;
   // The columns of `count` pixels from `first` on: (images, student's channels, then teacher's, count).
   std::function<at::Tensor(int64_t first, int64_t count)> block;
-  // Takes the gradient in the student's, for the block that was made last. Empty where none is wanted.
+  // Takes the gradient in the student's columns from pixel `first` on, of the block that was made last, of
+  // `piece` pixels at most. Empty where none is wanted.
   std::function<void(int64_t first, const at::Tensor& gradient)> take_gradient;
+  int64_t piece;
 };
 
 // |S|^2 of each image, (images). Takes S itself or the Gram matrices, whichever needs fewer operations

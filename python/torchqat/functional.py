@@ -376,8 +376,8 @@ def feature_affinity_loss(
     Float64 products run at half the float32 rate on CPUs; on many GPUs they are far slower than that, and on
     none have they been measured. Columns whose squares float64 cannot hold, of norms beyond about 1e154 or
     below 1e-154, are out of range. ``l1`` is computed in float32 (float64 for float64 features); its gradient
-    follows the signs of :math:`S`, and those of elements below about 1e-6 are rounding. Neither uses TF32, and
-    autocast changes nothing.
+    follows the signs of :math:`S`, and those of elements below about 1e-6 are rounding. Neither uses TF32,
+    and autocast changes nothing.
 
     Args:
         student: features of shape (batch, channels, \*spatial), any number of spatial dimensions; float64,

@@ -160,7 +160,8 @@ using Products = std::function<at::Tensor(const AffinityColumns& columns)>;
 Form by_products(const Sizes& sizes, int64_t scratch, const Products& products) {
   const auto run = [=](const Images& images, double eps) {
     at::Tensor norms;  // of the block that was made last
-    AffinityColumns columns{sizes.student, sizes.teacher, sizes.pixels, {}, {}, sizes.pixels};
+    // Gradients come for whole blocks, the pixels of `norms`: pieces would be more launches.
+    AffinityColumns columns{sizes.student, sizes.teacher, sizes.pixels, {}, {}, /*piece=*/sizes.pixels};
     columns.block = [&](int64_t first, int64_t count) {
       const auto unit =
           empty({images.count(), sizes.student + sizes.teacher, count}, images.student, at::kDouble);

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import math
 import pickle
 import warnings
 import weakref
@@ -351,6 +352,23 @@ def test_features_and_channels_that_do_not_fit_are_named(wrong, message):
         wrong()
 
 
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda: Connector(4.0), "Connector: in_channels must be an int, got 4.0"),
+        (lambda: Connector(4, "8"), "Connector: out_channels must be an int, got '8'"),
+        (lambda: LazyConnector(True), "LazyConnector: out_channels must be an int, got True"),
+        (lambda: Connector(3)(None), "Connector: features must be a tensor, got NoneType"),
+        (lambda: LazyConnector()([]), "Connector: features must be a tensor, got list"),
+        (lambda: resize_like(None, torch.ones(1, 2, 3)), "resize_like: features must be a tensor, got None"),
+        (lambda: resize_like(torch.ones(1, 2, 3), 3), "resize_like: like must be a tensor, got int"),
+    ],
+)
+def test_what_is_no_number_or_tensor_is_named(wrong, message):
+    with pytest.raises(TypeError, match=message):
+        wrong()
+
+
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("rank, mode", [(1, "linear"), (2, "bilinear"), (3, "trilinear")])
 def test_resizing_is_linear_interpolation(rank, mode, align_corners):
@@ -462,6 +480,29 @@ def test_bad_options_of_the_loss_are_named(options, message):
 
 
 @pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(lambda_kd="1"), "lambda_kd must be a number, got str"),
+        (dict(lambda_fa=torch.ones(())), "lambda_fa must be a number, got Tensor"),
+        (dict(lambda_label=True), "lambda_label must be a number, got bool"),
+        (dict(temperature=None), "temperature must be a number, got NoneType"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_named(options, message):
+    with pytest.raises(TypeError, match=f"FAQDLoss: {message}"):
+        FAQDLoss(**options)
+
+
+def test_a_class_that_the_teacher_rules_out_counts_nothing():
+    student, teacher = torch.randn(2, 3, 4).unbind()
+    teacher[:, 3] = -math.inf
+    criterion = FAQDLoss(lambda_fa=0, lambda_label=0, kd="kl", temperature=1)
+    target = teacher.softmax(1)[:, :3]
+    expected = (target * (target.log() - student.log_softmax(1)[:, :3])).sum(1).mean()
+    torch.testing.assert_close(criterion(student, teacher).loss, expected)
+
+
+@pytest.mark.parametrize(
     "fa, got", [(FeatureAffinityLoss, "the class FeatureAffinityLoss"), ("l1", "str"), (len, "builtin_funct")]
 )
 def test_the_loss_of_features_is_a_module(fa, got):
@@ -488,6 +529,11 @@ def test_pairs_of_features_that_do_not_fit_are_numbered():
         ((torch.ones(2, 3), torch.ones(2, 1), pairs(), None), ValueError, r"got \[2, 3\] and \[2, 1\]"),
         ((torch.ones(2, 3), None, pairs(), None), TypeError, "teacher_logits must be a tensor, got NoneType"),
         (((torch.ones(2, 3),), None, pairs(), None), TypeError, "student_logits must be a tensor, got tuple"),
+        (
+            (torch.ones(3), torch.ones(3), pairs(), None),
+            ValueError,
+            r"student_logits must have shape \(batch, classes, \*\), got \[3\]",
+        ),
     ],
 )
 def test_what_is_missing_is_named(arguments, error, message):

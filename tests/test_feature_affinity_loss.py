@@ -27,6 +27,8 @@ SIZES = [
     (5, 6, 6, (1, 1)),  # one pixel
     (40, 4, 4, (9, 9)),  # several images together
     (2, 256, 300, (34, 34)),  # more than a block of unit columns
+    (2, 400, 380, (24, 25)),  # less pixels than channels, in two pieces of the gradient
+    (7, 1, 2, (40, 40)),  # several images together, in four
 ]
 
 
@@ -170,6 +172,9 @@ def test_second_and_forward_derivatives_say_that_they_are_missing(device):
             assert torch.equal(a, b.detach())
             with pytest.raises(NotImplementedError, match=f"^{name}: second derivatives"):
                 b.sum().backward()
+        for twice in (torch.func.jacrev(torch.func.jacrev(loss)), torch.func.hessian(loss)):
+            with pytest.raises((RuntimeError, NotImplementedError), match="qat::_.*feature_affinity"):
+                twice(student.detach(), teacher.detach())
         with pytest.raises(NotImplementedError, match=f"^{name}: forward-mode derivatives"):
             torch.func.jvp(lambda s, f=loss: f(s, teacher.detach()), (student.detach(),), (student.detach(),))
 
@@ -310,20 +315,54 @@ def test_a_pixel_of_next_to_nothing_overflows_no_half(size, norm, device):
 # ---- how it runs ----
 
 
+def with_probes(pixels, device=None):
+    """The fast loss with probes, to be called as the exact one."""
+    probes = torch.randn(pixels, 5, device=device)
+    return lambda student, teacher, **options: F.fast_feature_affinity_loss(
+        student, teacher, probes, **options
+    )
+
+
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_threads_do_not_change_a_bit(batch, norm):
+def test_threads_do_not_change_a_bit(batch, norm, fast):
     student, teacher = torch.randn(batch, 16, 32, 32), torch.randn(batch, 16, 32, 32)
+    loss = with_probes(32 * 32) if fast else F.feature_affinity_loss
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(run(student, teacher, norm=norm))
+            results.append(run(student, teacher, loss, norm=norm))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_products_are_those_of_float32_whatever_torch_may_use():
+    student = torch.randn(2, 512, 24, 24)
+    teacher = student + 1e-3 * torch.randn(2, 512, 24, 24)
+    plain = run(student, teacher)
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision in ("bf16", "tf32"):
+            matmul.fp32_precision = precision
+            assert all(torch.equal(a, b) for a, b in zip(plain, run(student, teacher), strict=True))
+            assert matmul.fp32_precision == precision
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.skipif(not hasattr(torch, "_lazy_clone"), reason="this torch makes no lazy clones")
+def test_lazy_clones_are_read_and_stay_lazy():
+    student, teacher = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    for loss in (F.feature_affinity_loss, with_probes(5)):
+        lazy = torch._lazy_clone(student), torch._lazy_clone(teacher)
+        assert torch.equal(loss(*lazy), loss(student, teacher))
+        assert torch._C._is_cow_tensor(lazy[0]) and torch._C._is_cow_tensor(lazy[1])
 
 
 def test_forward_keeps_one_tensor_like_the_student(device):
@@ -377,7 +416,7 @@ for norm in ("l1", "fro"):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_forward_and_backward_take_at_most_twice_the_features(threads):
+def test_a_batch_of_56_x_56_takes_at_most_twice_its_features(threads):
     """Every block of the C library has pages of its own here, so that these are the bytes asked for."""
     benchmarks = Path(__file__).parents[1] / "benchmarks"
     paths = os.pathsep.join([str(benchmarks), os.environ.get("PYTHONPATH", "")])
@@ -392,15 +431,17 @@ def test_forward_and_backward_take_at_most_twice_the_features(threads):
     assert all(features / 2 < peak < 2 * features for peak in peaks)
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
-def test_autocast_and_inference_mode_change_nothing(norm, device):
+def test_autocast_and_inference_mode_change_nothing(norm, fast, device):
     student, teacher = (torch.randn(3, 16, 12, 12, device=device) for _ in range(2))
-    plain = run(student, teacher, norm=norm)
+    loss = with_probes(12 * 12, device) if fast else F.feature_affinity_loss
+    plain = run(student, teacher, loss, norm=norm)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        mixed = run(student, teacher, norm=norm)
+        mixed = run(student, teacher, loss, norm=norm)
     assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))
     with torch.inference_mode():
-        assert torch.equal(F.feature_affinity_loss(student, teacher, norm=norm), plain[0])
+        assert torch.equal(loss(student, teacher, norm=norm), plain[0])
 
 
 def test_a_loss_goes_down_that_gradient(device):

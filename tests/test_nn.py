@@ -430,6 +430,18 @@ class NoKernels(TorchDispatchMode):
             TypeError,
             "teacher must be float64, .*, got Long",
         ),
+        (
+            torch.ones(2, 3, 4, dtype=torch.float8_e4m3fn),
+            torch.ones(2, 3, 4),
+            TypeError,
+            "student must be float64, .*, got Float8",
+        ),
+        (
+            torch.ones(2, 3, 4),
+            torch.ones(2, 3, 4).to_mkldnn(),
+            TypeError,
+            "teacher must be a dense tensor, got layout Mkldnn",
+        ),
         (None, torch.ones(2, 3, 4), TypeError, "student must be of type Tensor, got None"),
         (torch.ones(2, 3, 4), [], TypeError, "teacher must be of type Tensor, got "),
     ],

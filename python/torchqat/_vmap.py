@@ -66,7 +66,7 @@ def _register_one_by_one(name):
     @register(f"qat::{name}")
     def rule(info, in_dims, *args, **options):
         if info.batch_size == 0:
-            raise ValueError(f"{name}: vmap must have at least one sample, got none")
+            raise ValueError(f"{name.lstrip('_')}: vmap must have at least one sample, got none")
         dims = list(in_dims) + [None] * (len(args) - len(in_dims))
         samples = [
             op(

@@ -376,8 +376,13 @@ def feature_affinity_loss(
     Float64 products run at half the float32 rate on CPUs; on many GPUs they are far slower than that, and on
     none have they been measured. Columns whose squares float64 cannot hold, of norms beyond about 1e154 or
     below 1e-154, are out of range. ``l1`` is computed in float32 (float64 for float64 features); its gradient
-    follows the signs of :math:`S`, and those of elements below about 1e-6 are rounding. Neither uses TF32,
-    and autocast changes nothing.
+    follows the signs of :math:`S`, and those of elements below about 1e-6 are rounding. Neither uses TF32 or
+    bfloat16 products, whatever ``torch.set_float32_matmul_precision`` says, and autocast changes nothing.
+
+    Besides the gradient, the work needs some memory: on a CPU, in each thread, a buffer of up to 4 MiB of
+    unit columns of an image, and for ``fro`` the matrices of channels (:math:`3 C^2` numbers of float64) or
+    of pixels (:math:`N^2`, where there are few). Where the batch is large beside that, forward and backward
+    take less than twice the bytes of student and teacher.
 
     Args:
         student: features of shape (batch, channels, \*spatial), any number of spatial dimensions; float64,
@@ -397,7 +402,8 @@ def feature_affinity_loss(
         TypeError: an input is not of one of the four dtypes, or is not a dense tensor.
         ValueError: fewer than three dimensions, different batch or spatial sizes, no channels, no pixels,
             different devices, an unknown ``norm`` or ``reduction``, or ``eps`` negative or not finite.
-        NotImplementedError: forward-mode differentiation, and a second derivative.
+        NotImplementedError: forward-mode differentiation, and a second derivative (RuntimeError where both
+            are taken by ``torch.func``).
 
     Example:
         >>> student = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]], requires_grad=True)  # two pixels, alike

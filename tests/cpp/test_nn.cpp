@@ -98,8 +98,11 @@ TEST_F(Features, WrongOptionsAndFeaturesAreNamed) {
   EXPECT_EQ(
       value_error([] { FastFeatureAffinityLoss(FastFeatureAffinityLossOptions().distribution("cauchy")); }),
       "FastFeatureAffinityLoss: unknown distribution 'cauchy'; choose one of gaussian, rademacher");
-  EXPECT_EQ(value_error([&] { FastFeatureAffinityLoss()(student.flatten(1), teacher); }),
-            "fast_feature_affinity_loss: student must have shape (batch, channels, *spatial), got [2, 210]");
+  FastFeatureAffinityLoss fast;
+  const auto before = fast->generator.get_state();
+  EXPECT_EQ(value_error([&] { fast(student.flatten(1), teacher); }),
+            "feature_affinity_loss: student must have shape (batch, channels, *spatial), got [2, 210]");
+  EXPECT_TRUE(at::equal(fast->generator.get_state(), before));
 }
 
 }  // namespace

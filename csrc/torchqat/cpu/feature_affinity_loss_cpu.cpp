@@ -21,8 +21,14 @@ constexpr int64_t kGrain = 1 << 15;
 
 template <typename S>
 Columns<S> columns_of(const at::Tensor& features, int64_t image) {
-  return {static_cast<S*>(features.data_ptr()) + image * features.stride(0), features.size(1),
-          features.size(2), features.stride(1), features.stride(2)};
+  S* data;
+  if constexpr (std::is_const_v<S>) {
+    data = features.const_data_ptr<std::remove_const_t<S>>();
+  } else {
+    data = features.mutable_data_ptr<S>();
+  }
+  return {data + image * features.stride(0), features.size(1), features.size(2), features.stride(1),
+          features.stride(2)};
 }
 
 // The unit columns of images, and their norms, into `unit` and `norms`.
@@ -64,8 +70,8 @@ struct Images {
   at::Tensor student, teacher, values, gradient;
 };
 
-// The unit columns of some images lie in memory that a thread keeps from some to the next: heaps seldom put
-// an aligned block where one of its size has been freed, and would grow by another.
+// A thread's memory for unit columns, used again for its next images: an aligned block seldom fits where one
+// of its size was freed, and the heap would grow by another.
 class Scratch {
  public:
   at::Tensor get(at::IntArrayRef sizes, at::ScalarType dtype) {
@@ -159,6 +165,36 @@ void run_products(const Images& images, double eps, double weight, Scratch& scra
   images.values.copy_(products(columns));
 }
 
+// Products of float32 are computed in float32 while it lives, whatever torch.set_float32_matmul_precision
+// allows: bfloat16 would leave nothing of a student close to its teacher. torch knows this for the process
+// only; what other threads multiply meanwhile is more exact than asked for.
+class FullPrecision {
+ public:
+  FullPrecision() : before_(get()) {
+    if (is_reduced()) set(at::Float32Precision::IEEE);
+  }
+  ~FullPrecision() {
+    if (!is_reduced()) return;
+    set(at::Float32Precision::NONE);  // follows the setting above it
+    if (get() != before_) set(before_);
+  }
+  FullPrecision(const FullPrecision&) = delete;
+  FullPrecision& operator=(const FullPrecision&) = delete;
+
+ private:
+  static at::Float32Precision get() {
+    return at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
+  }
+  static void set(at::Float32Precision precision) {
+    at::globalContext().setFloat32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL, precision);
+  }
+  bool is_reduced() const {
+    return before_ == at::Float32Precision::TF32 || before_ == at::Float32Precision::BF16;
+  }
+
+  at::Float32Precision before_;
+};
+
 // Calls f(Images, Scratch) for all images, some at a time, in parallel; returns their values.
 template <typename F>
 at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& gradient, F&& f) {
@@ -168,6 +204,7 @@ at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, const at::T
   const auto values = at::empty({a.size(0)}, at::kDouble);
   const int64_t together = std::max<int64_t>(1, kGrain / ((a.size(1) + b.size(1)) * a.size(2)));
   const int64_t parts = at::divup(a.size(0), together);
+  const FullPrecision full_precision;
   // Never fewer than two parts: inside a parallel region a matrix product runs on one thread, and the order
   // of its sums does not depend on how many there are.
   at::parallel_for(0, std::max<int64_t>(parts, 2), 1, [&](int64_t from, int64_t to) {

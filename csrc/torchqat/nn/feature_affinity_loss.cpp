@@ -97,8 +97,10 @@ at::Tensor FastFeatureAffinityLossImpl::draw(int64_t pixels, at::Device device, 
 }
 
 at::Tensor FastFeatureAffinityLossImpl::forward(const at::Tensor& student, const at::Tensor& teacher) {
+  // What is refused draws nothing.
+  feature_affinity_loss_meta(student, teacher, options.norm(), options.reduction(), options.eps());
   const bool wide = student.scalar_type() == at::kDouble || teacher.scalar_type() == at::kDouble;
-  const int64_t pixels = student.dim() < 3 ? 1 : c10::multiply_integers(student.sizes().slice(2));
+  const int64_t pixels = c10::multiply_integers(student.sizes().slice(2));
   const auto probes = draw(pixels, student.device(), wide ? at::kDouble : at::kFloat);
   return fast_feature_affinity_loss(student, teacher, probes, options.norm(), options.reduction(),
                                     options.eps());

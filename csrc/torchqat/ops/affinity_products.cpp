@@ -67,9 +67,10 @@ void hand_over(const AffinityColumns& columns, int64_t first, int64_t count, F&&
   }
 }
 
-// The sum of the products of two matrices' elements, for each image.
-at::Tensor product_sum(const at::Tensor& a, const at::Tensor& b) {
-  return at::bmm(a.flatten(1).unsqueeze(1), b.flatten(1).unsqueeze(2)).view({a.size(0)});
+// The sum of the squares of a matrix's elements, for each image.
+at::Tensor square_sum(const at::Tensor& a) {
+  const auto all = a.flatten(1);
+  return at::bmm(all.unsqueeze(1), all.unsqueeze(2)).view({a.size(0)});
 }
 
 at::Tensor by_pixels(const AffinityColumns& columns) {
@@ -81,26 +82,26 @@ at::Tensor by_pixels(const AffinityColumns& columns) {
   if (columns.take_gradient) {
     hand_over(columns, 0, columns.pixels, [&](const auto& part) { return at::bmm(a, part(s)).mul_(4); });
   }
-  return product_sum(s, s);
+  return square_sum(s);
 }
 
 at::Tensor by_channels(const AffinityColumns& columns) {
-  at::Tensor grams;  // [AA', AB']
+  at::Tensor own;    // AA'
+  at::Tensor cross;  // AB'
   at::Tensor teachers;
   Blocks blocks(columns);
   blocks.for_each([&](const Block& block) {
-    add_product(grams, block.student, block.unit.mT());
+    add_product(own, block.student, block.student.mT());
+    add_product(cross, block.student, block.teacher.mT());
     add_product(teachers, block.teacher, block.teacher.mT());
   });
-  const auto own = grams.narrow(2, 0, columns.student_channels);
-  const auto cross = grams.narrow(2, columns.student_channels, columns.teacher_channels);
-  const auto values = product_sum(own, own) + product_sum(teachers, teachers) - 2 * product_sum(cross, cross);
+  const auto values = square_sum(own) + square_sum(teachers) - 2 * square_sum(cross);
   if (columns.take_gradient) {  // 4 [(AA')A - (AB')B]
-    own.mul_(4);
-    cross.mul_(-4);
     blocks.for_each([&](const Block& block) {
-      hand_over(columns, block.first, block.unit.size(2),
-                [&](const auto& part) { return at::bmm(grams, part(block.unit)); });
+      hand_over(columns, block.first, block.unit.size(2), [&](const auto& part) {
+        auto gradient = at::bmm(own, part(block.student));
+        return gradient.baddbmm_(cross, part(block.teacher), /*beta=*/4, /*alpha=*/-4);
+      });
     });
   }
   return values;
@@ -141,7 +142,7 @@ at::Tensor fast_affinity(const AffinityColumns& columns, const at::Tensor& probe
   at::Tensor of_all;  // the derivative, where one block has all pixels
   blocks.for_each([&](const Block& block) {
     const auto sv = probed(block);
-    const auto value = norm == "l1" ? sv.abs().sum({1, 2}) : product_sum(sv, sv);
+    const auto value = norm == "l1" ? sv.abs().sum({1, 2}) : square_sum(sv);
     values.defined() ? values.add_(value) : values = value;
     if (!columns.take_gradient) return;
     of_all = derivative(sv);

@@ -1,6 +1,7 @@
 """What stands between the student's features and the teacher's."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class Connector(nn.Module):
         bias: (out_channels,), drawn likewise.
 
     Raises:
+        TypeError: a number of channels is no int; in forward, features that are no tensor.
         ValueError: a number of channels below 1; in forward, features of another rank or other channels.
 
     Example:
@@ -49,6 +51,8 @@ class Connector(nn.Module):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if isinstance(channels, bool) or not isinstance(channels, int):
+                raise TypeError(f"{type(self).__name__}: {name} must be an int, got {channels!r}")
             if channels < 1:
                 raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {channels}")
         self.relu = relu
@@ -62,6 +66,7 @@ class Connector(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, features: Tensor) -> Tensor:
+        _check_tensor("Connector", "features", features)
         rank, channels = features.dim() - 2, self.weight.size(1)
         if rank not in CONVOLUTIONS or features.size(1) != channels:
             raise ValueError(
@@ -108,6 +113,7 @@ class LazyConnector(nn.modules.lazy.LazyModuleMixin, Connector):
             super().reset_parameters()
 
     def initialize_parameters(self, features: Tensor) -> None:
+        _check_tensor("Connector", "features", features)
         if self.has_uninitialized_params():
             channels = features.size(1)
             with torch.no_grad():
@@ -130,12 +136,15 @@ def resize_like(features: Tensor, like: Tensor, *, align_corners: bool = True) -
         Tensor: (B, C, \*spatial of ``like``); ``features`` itself where the grids are equal.
 
     Raises:
+        TypeError: ``features`` or ``like`` is no tensor.
         ValueError: different numbers of spatial dimensions, or grids that differ in more than three.
 
     Example:
         >>> resize_like(torch.tensor([[[0.0, 3.0]]]), torch.ones(1, 5, 4))
         tensor([[[0., 1., 2., 3.]]])
     """
+    _check_tensor("resize_like", "features", features)
+    _check_tensor("resize_like", "like", like)
     if features.shape[2:] == like.shape[2:]:
         return features
     rank = features.dim() - 2
@@ -145,3 +154,8 @@ def resize_like(features: Tensor, like: Tensor, *, align_corners: bool = True) -
             f"as those they are fitted to, got {list(features.shape)} and {list(like.shape)}"
         )
     return F.interpolate(features, like.shape[2:], mode=MODES[rank], align_corners=align_corners)
+
+
+def _check_tensor(function: str, name: str, features: Any) -> None:
+    if not isinstance(features, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(features).__name__}")

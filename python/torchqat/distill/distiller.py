@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torchqat.distill.connector import resize_like
 from torchqat.distill.loss import FAQDLoss, FAQDTerms, naming, what
@@ -169,7 +170,8 @@ class Distiller(nn.Module):
         has not moved. Returns the distiller.
         """
         modes = {module: module.training for module in self.modules()}
-        kept = copy.deepcopy(self.loss.state_dict())
+        kept = {name: value for name, value in self.loss.state_dict().items() if not is_lazy(value)}
+        kept = copy.deepcopy(kept)
         self.eval()
         try:
             with torch.no_grad():
@@ -178,7 +180,7 @@ class Distiller(nn.Module):
                 compared = list(self._compared(features, targets))
                 self.loss.terms_of_teacher(logits, teacher_logits, compared, names=self._names())
         finally:
-            self.loss.load_state_dict(kept)
+            self.loss.load_state_dict(kept, strict=False)  # without what was lazy
             for module, mode in modes.items():
                 module.training = mode
         return self

@@ -60,10 +60,11 @@ class FAQDLoss(nn.Module):
         they are). Labels as :func:`torch.nn.functional.cross_entropy` takes them. The loss is 0-dim.
 
     Raises:
-        TypeError: ``fa`` is no module (a class is none); in forward: logits that are no tensor.
+        TypeError: a weight or ``temperature`` is no number, ``fa`` no module (a class is none); in forward:
+            logits that are no tensor.
         ValueError: a weight that is negative or not finite, or all are 0; ``kd`` unknown; ``temperature`` not
             positive; in forward: labels, teacher's logits or features that are missing where their weight
-            is not 0, or logits of different shapes.
+            is not 0, or logits of different shapes or without classes.
 
     Example:
         >>> import torchqat
@@ -90,6 +91,9 @@ class FAQDLoss(nn.Module):
     ):
         super().__init__()
         weights = {"lambda_kd": lambda_kd, "lambda_fa": lambda_fa, "lambda_label": lambda_label}
+        for name, value in (*weights.items(), ("temperature", temperature)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"FAQDLoss: {name} must be a number, got {what(value)}")
         for name, value in weights.items():
             if not 0 <= value < math.inf:
                 raise ValueError(f"FAQDLoss: {name} must be a finite number >= 0, got {value}")
@@ -160,8 +164,9 @@ class FAQDLoss(nn.Module):
             )
         if self.kd == "mse":
             return F.mse_loss(student, teacher)
-        log_student, log_teacher = (F.log_softmax(x / self.temperature, 1) for x in (student, teacher))
-        divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
+        log_student = F.log_softmax(student / self.temperature, 1)
+        # Probabilities of the teacher, not their logarithms: a class of logit -inf counts nothing.
+        divergence = F.kl_div(log_student, F.softmax(teacher / self.temperature, 1), reduction="none").sum(1)
         return self.temperature**2 * divergence.mean()
 
     def _affinity(self, features: Iterable[tuple[Tensor, Tensor]], names: Sequence[str]) -> Tensor:
@@ -200,5 +205,7 @@ def naming(name: str, function: Callable, *args: Any, **options: Any) -> Any:
 def _wide(name: str, logits: Any) -> Tensor:
     """Logits in at least float32."""
     if not isinstance(logits, Tensor):
-        raise TypeError(f"FAQDLoss: {name} must be a tensor, got {type(logits).__name__}")
+        raise TypeError(f"FAQDLoss: {name} must be a tensor, got {what(logits)}")
+    if logits.dim() < 2:
+        raise ValueError(f"FAQDLoss: {name} must have shape (batch, classes, *), got {list(logits.shape)}")
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -10,6 +10,7 @@ from torchqat import functional as F
 #: What the generator of a FastFeatureAffinityLoss starts from, unless it is given one.
 PROBE_SEED = 0
 DISTRIBUTIONS = ("gaussian", "rademacher")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class FeatureAffinityLoss(torch.nn.Module):
@@ -29,8 +30,8 @@ class FeatureAffinityLoss(torch.nn.Module):
         eps: what is added to the norm of a column.
 
     Shape:
-        student (B, C, \*spatial), teacher (B, C', \*spatial), of any floating dtypes; the result is 0-dim,
-        float32 (float64 where an input is).
+        student (B, C, \*spatial), teacher (B, C', \*spatial), each float64, float32, bfloat16 or float16; the
+        result is 0-dim, float32 (float64 where an input is).
 
     Raises:
         TypeError: an option is of a wrong type.
@@ -147,7 +148,7 @@ class FastFeatureAffinityLoss(FeatureAffinityLoss):
         RuntimeError: a generator on the CPU inside a CUDA graph; or a state that is not of a generator of the
             same device.
 
-    Under ``torch.compile`` the drawing is a graph break: torch cannot trace generators.
+    Under ``torch.compile`` the drawing is a graph break: Dynamo does not trace generators.
 
     Example:
         >>> import torchqat
@@ -239,7 +240,7 @@ def _belong_together(student: Any, teacher: Any) -> bool:
         return False
     both = (student, teacher)
     return (
-        all(f.dim() > 2 and f.size(1) and f.is_floating_point() and not f.is_sparse for f in both)
+        all(f.dim() > 2 and f.size(1) and f.dtype in DTYPES and f.layout == torch.strided for f in both)
         and student.size(0) == teacher.size(0)
         and student.shape[2:] == teacher.shape[2:]
         and student.device == teacher.device

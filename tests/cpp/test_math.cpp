@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "torchqat/math/channel_view.h"
+#include "torchqat/math/feature_affinity.h"
 #include "torchqat/math/region_code.h"
 #include "torchqat/math/staircase.h"
 #include "torchqat/math/staircase_backward.h"
@@ -416,6 +417,61 @@ TYPED_TEST(Math, WeightLevelOfWhatIsNotANumber) {
   EXPECT_EQ(weight_top(1), 1);
   EXPECT_EQ(weight_level(T(-0.0), T(1), 1), T(1)) << "sign(0) = +1";
   EXPECT_EQ(weight_level(kNan<T>, T(1), 1), T(1));
+}
+
+// feature affinity
+
+TYPED_TEST(Math, GradientOfAUnitColumnIsItsDifference) {
+  using T = TypeParam;
+  const double f[] = {0.3, -2, 1.1};
+  const double g[] = {1, 0.5, -0.7};  // the gradient of a
+  const double eps = 0.25;
+  // g . f / (|f| + eps)
+  const auto value = [&](int moved, double by) {
+    double square = 0, dot = 0;
+    for (int i = 0; i < 3; ++i) {
+      const double x = f[i] + (i == moved ? by : 0);
+      square += x * x;
+      dot += g[i] * x;
+    }
+    return dot / (std::sqrt(square) + eps);
+  };
+  double square = 0, dot = 0;
+  for (int i = 0; i < 3; ++i) square += f[i] * f[i];
+  const UnitColumn<T> column{T(std::sqrt(square)), T(eps)};
+  for (int i = 0; i < 3; ++i) dot += g[i] * f[i];
+  for (int i = 0; i < 3; ++i) {
+    const double difference = (value(i, 1e-5) - value(i, -1e-5)) / 2e-5;
+    EXPECT_NEAR(column.gradient(T(g[i]), T(f[i]), T(dot)), difference, 1e-6);
+  }
+}
+
+TYPED_TEST(Math, AColumnOfZerosHasNoGradient) {
+  using T = TypeParam;
+  for (const T eps : {T(0), T(1e-5)}) {
+    const UnitColumn<T> column{T(0), eps};
+    EXPECT_EQ(column.scale(), T(0));
+    EXPECT_EQ(column.gradient(T(3), T(0), T(0)), T(0));
+  }
+}
+
+TYPED_TEST(Math, SignsAndMagnitudes) {
+  using T = TypeParam;
+  for (const T s : {kTiny<T>, T(2), kInf<T>}) {
+    EXPECT_EQ(sign(s), T(1));
+    EXPECT_EQ(sign(-s), T(-1));
+    EXPECT_EQ(magnitude(-s), s);
+  }
+  EXPECT_EQ(sign(T(0)), T(0));
+  EXPECT_TRUE(std::isnan(sign(kNan<T>)) && std::isnan(magnitude(kNan<T>)));
+}
+
+TEST(AffinityFlops, AreThoseOfTheProducts) {
+  const auto flops = affinity_flops(3, 5, 7, 2);
+  EXPECT_EQ(flops.direct, 2 * 7 * 7 * (3 + 5 + 3));                        // A'A, B'B, AS
+  EXPECT_EQ(flops.gram, 2 * 7 * (3 * 3 + 3 * 5 + 5 * 5 + 3 * 3 + 3 * 5));  // AA', AB', BB', (AA')A, (AB')B
+  EXPECT_EQ(flops.fast,
+            2 * 7 * 2 * (3 + 5 + 3 + 5 + 3 + 3 + 3));  // AV, BV, A'(AV), B'(BV), AR, (AR)V', (AV)R'
 }
 
 }  // namespace

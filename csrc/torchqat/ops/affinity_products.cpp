@@ -73,6 +73,33 @@ at::Tensor square_sum(const at::Tensor& a) {
   return at::bmm(all.unsqueeze(1), all.unsqueeze(2)).view({a.size(0)});
 }
 
+// S seen through probes V: SV = A'(AV) - B'(BV).
+class Probed {
+ public:
+  Probed(Blocks& blocks, const at::Tensor& probes) : probes_(probes) {
+    blocks.for_each([&](const Block& block) {
+      add_product(av_, block.student, this->probes(block));
+      add_product(bv_, block.teacher, this->probes(block));
+    });
+  }
+
+  // V at the block's pixels, for each image.
+  at::Tensor probes(const Block& block) const {
+    const auto rows = probes_.narrow(0, block.first, block.unit.size(2));
+    return rows.unsqueeze(0).expand({block.unit.size(0), -1, -1});
+  }
+  // SV at the block's pixels.
+  at::Tensor rows(const Block& block) const {
+    auto sv = at::bmm(block.student.mT(), av_);
+    return sv.baddbmm_(block.teacher.mT(), bv_, /*beta=*/1, /*alpha=*/-1);
+  }
+  const at::Tensor& av() const { return av_; }
+
+ private:
+  const at::Tensor& probes_;
+  at::Tensor av_, bv_;
+};
+
 at::Tensor by_pixels(const AffinityColumns& columns) {
   const auto unit = columns.block(0, columns.pixels);
   const auto a = unit.narrow(1, 0, columns.student_channels);
@@ -116,32 +143,17 @@ at::Tensor frobenius_affinity(const AffinityColumns& columns) {
 
 at::Tensor fast_affinity(const AffinityColumns& columns, const at::Tensor& probes, std::string_view norm) {
   const double weight = 1.0 / static_cast<double>(probes.size(1));
-  const auto probes_of = [&](const Block& block) {
-    return probes.narrow(0, block.first, block.unit.size(2))
-        .unsqueeze(0)
-        .expand({block.unit.size(0), -1, -1});
-  };
-  Blocks blocks(columns);
-  at::Tensor av;
-  at::Tensor bv;
-  blocks.for_each([&](const Block& block) {
-    add_product(av, block.student, probes_of(block));
-    add_product(bv, block.teacher, probes_of(block));
-  });
-  // SV of the block's pixels.
-  const auto probed = [&](const Block& block) {
-    auto sv = at::bmm(block.student.mT(), av);
-    return sv.baddbmm_(block.teacher.mT(), bv, /*beta=*/1, /*alpha=*/-1);
-  };
   // The derivative of the value in SV, in its place.
   const auto derivative = [&](const at::Tensor& sv) {
     return norm == "l1" ? sv.sgn_().mul_(weight) : sv.mul_(2 * weight);
   };
+  Blocks blocks(columns);
+  const Probed probed(blocks, probes);
   at::Tensor values;
   at::Tensor ar;
   at::Tensor of_all;  // the derivative, where one block has all pixels
   blocks.for_each([&](const Block& block) {
-    const auto sv = probed(block);
+    const auto sv = probed.rows(block);
     const auto value = norm == "l1" ? sv.abs().sum({1, 2}) : square_sum(sv);
     values.defined() ? values.add_(value) : values = value;
     if (!columns.take_gradient) return;
@@ -150,10 +162,10 @@ at::Tensor fast_affinity(const AffinityColumns& columns, const at::Tensor& probe
   });
   if (columns.take_gradient) {  // (AR)V' + (AV)R'
     blocks.for_each([&](const Block& block) {
-      const auto r = blocks.is_one() ? of_all : derivative(probed(block));
+      const auto r = blocks.is_one() ? of_all : derivative(probed.rows(block));
       hand_over(columns, block.first, block.unit.size(2), [&](const auto& part) {
-        auto gradient = at::bmm(ar, part(probes_of(block).mT()));
-        return gradient.baddbmm_(av, part(r.mT()));
+        auto gradient = at::bmm(ar, part(probed.probes(block).mT()));
+        return gradient.baddbmm_(probed.av(), part(r.mT()));
       });
     });
   }

@@ -17,7 +17,6 @@ COMMON = {
     "weight_bits": 1,
     "act_bits": 2,
     "kd": "kl",
-    "temperature": 4.0,
     "lambda_kd": 1.0,
     "lambda_fa": 10.0,
     "lambda_label": 0.3,
@@ -29,22 +28,22 @@ RECIPES = {
     "digits": {
         **{"model": "cnn4", "width": 1.0, "teacher_model": "cnn4-fine", "teacher_width": 2.0},
         **{"shift": 0, "mirror": False, "batch_size": 64, "float_epochs": 20, "float_lr": 0.05},
-        **{"start": "random", "warm_up": 10, "epochs": 20, "lr": 0.05, "norm": "l1"},
+        **{"start": "random", "warm_up": 10, "epochs": 20, "lr": 0.05, "norm": "l1", "temperature": 4.0},
     },
     "mnist": {
         **{"model": "cnn4", "width": 1.0, "teacher_model": "cnn4-fine", "teacher_width": 2.0},
         **{"shift": 2, "mirror": False, "batch_size": 128, "float_epochs": 6, "float_lr": 0.05},
-        **{"start": "random", "warm_up": 4, "epochs": 10, "lr": 0.05, "norm": "l1"},
+        **{"start": "random", "warm_up": 4, "epochs": 10, "lr": 0.05, "norm": "l1", "temperature": 4.0},
     },
     "fashion-mnist": {
         **{"model": "cnn4-strided", "width": 1.0, "teacher_model": "cnn4-strided", "teacher_width": 1.0},
         **{"shift": 2, "mirror": True, "batch_size": 128, "float_epochs": 12, "float_lr": 0.05},
-        **{"start": "teacher", "warm_up": 0, "epochs": 30, "lr": 0.02, "norm": "fro"},
+        **{"start": "teacher", "warm_up": 0, "epochs": 30, "lr": 0.02, "norm": "fro", "temperature": 1.0},
     },
     "cifar10": {
         **{"model": "resnet20", "width": 1.0, "teacher_model": "resnet20", "teacher_width": 2.0},
         **{"shift": 4, "mirror": True, "batch_size": 128, "float_epochs": 200, "float_lr": 0.1},
-        **{"start": "random", "warm_up": 50, "epochs": 150, "lr": 0.1, "norm": "l1"},
+        **{"start": "random", "warm_up": 50, "epochs": 150, "lr": 0.1, "norm": "l1", "temperature": 4.0},
     },
 }
 # The maps that are compared where the command line does not say, for a student and a teacher of these models;
@@ -155,12 +154,14 @@ def _add_networks(group) -> None:
 def _add_loss(group) -> None:
     weight = number(float, 0, 1e30)
     group.add_argument("--kd", choices=("mse", "kl"), help="distance between logits")
-    group.add_argument("--temperature", type=number(float, 1e-3, 1e30), help="of kl")
     group.add_argument("--lambda-kd", type=weight, help="weight of the logits")
     group.add_argument("--lambda-fa", type=weight, help="weight of the features")
     group.add_argument("--lambda-label", type=weight, help="weight of the labels, beside a teacher")
-    norm = ("--norm", {"choices": ("l1", "fro")}, "norm of the feature affinity")
-    options.add_from_recipes(group, RECIPES, [norm])
+    rows = (
+        ("--norm", {"choices": ("l1", "fro")}, "norm of the feature affinity"),
+        ("--temperature", {"type": number(float, 1e-3, 1e30)}, "of kl"),
+    )
+    options.add_from_recipes(group, RECIPES, rows)
     group.add_argument("--probes", type=number(int, 1), help="number of probes of FFA")
     where = "modules whose outputs are compared (default: the last feature maps; cnn4-strided: the third)"
     group.add_argument(

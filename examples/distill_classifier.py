@@ -2,7 +2,7 @@
 
     python examples/distill_classifier.py                                       # digits, one seed
     python examples/distill_classifier.py --dataset fashion-mnist --seeds 0 1 2
-    python examples/distill_classifier.py --dataset fashion-mnist --images 1000 --epochs 100
+    python examples/distill_classifier.py --dataset fashion-mnist --images 1000 --epochs 100 --temperature 4
     python examples/distill_classifier.py --dataset fashion-mnist --labelled 6000 --teacher-labelled 6000
     python examples/distill_classifier.py --dataset mnist --subset 2000 --epochs 2 --arms labels kd
 

@@ -152,17 +152,17 @@ def _add_networks(group) -> None:
 
 
 def _add_loss(group) -> None:
-    weight = number(float, 0, 1e30)
+    weight = number(float, 0, 1e6)
     group.add_argument("--kd", choices=("mse", "kl"), help="distance between logits")
     group.add_argument("--lambda-kd", type=weight, help="weight of the logits")
     group.add_argument("--lambda-fa", type=weight, help="weight of the features")
     group.add_argument("--lambda-label", type=weight, help="weight of the labels, beside a teacher")
     rows = (
         ("--norm", {"choices": ("l1", "fro")}, "norm of the feature affinity"),
-        ("--temperature", {"type": number(float, 1e-3, 1e30)}, "of kl"),
+        ("--temperature", {"type": number(float, 0.01, 100)}, "of kl"),
     )
     options.add_from_recipes(group, RECIPES, rows)
-    group.add_argument("--probes", type=number(int, 1), help="number of probes of FFA")
+    group.add_argument("--probes", type=number(int, 1, 10_000), help="number of probes of FFA")
     where = "modules whose outputs are compared (default: the last feature maps; cnn4-strided: the third)"
     group.add_argument(
         "--taps",

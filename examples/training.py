@@ -137,7 +137,7 @@ class Training:
         lost = loss is not None and not math.isfinite(loss)
         if lost or not scores.isfinite().all():
             what = f"loss {loss}" if lost else "outputs not finite"
-            option = "--float-lr" if stage == "float" else "--lr"
+            option = "--float-lr" if stage.endswith("float") else "--lr"
             raise Diverged(
                 f"seed {self.seed}: {stage} training diverged at epoch {epoch} ({what}): lower {option}"
             )

@@ -201,6 +201,10 @@ def test_taps_work_in_inference_mode():
 def test_one_string_is_no_list_of_paths():
     with pytest.raises(TypeError, match="paths must be a list of names, got the string 'stem'"):
         FeatureTaps(Net(), "stem")
+    with pytest.raises(TypeError, match="paths must be a list of names, got 2 in it"):
+        FeatureTaps(Net(), [2])
+    with pytest.raises(TypeError, match="FeatureTaps: model must be a torch.nn.Module, got NoneType"):
+        FeatureTaps(None, ["stem"])
 
 
 @COPIES
@@ -471,7 +475,9 @@ def test_dense_logits_are_averaged_over_their_pixels():
         (dict(lambda_label=float("nan")), "lambda_label must be a finite number >= 0, got nan"),
         (dict(lambda_kd=0, lambda_fa=0, lambda_label=0), "one of lambda_kd, .* must be > 0, got 0 for all"),
         (dict(kd="l1"), "unknown kd 'l1'; choose one of mse, kl"),
-        (dict(temperature=0.0), "temperature must be a finite number > 0, got 0.0"),
+        (dict(temperature=0.0), "temperature must be a number from 0.01 to 100, got 0.0"),
+        (dict(temperature=1e6), "temperature must be a number from 0.01 to 100, got 1000000.0"),
+        (dict(temperature=float("nan")), "temperature must be a number from 0.01 to 100, got nan"),
     ],
 )
 def test_bad_options_of_the_loss_are_named(options, message):
@@ -510,6 +516,13 @@ def test_the_loss_of_features_is_a_module(fa, got):
         FAQDLoss(fa=fa)
 
 
+def test_the_loss_of_features_is_one_number():
+    criterion = FAQDLoss(lambda_kd=0, lambda_label=0, fa=nn.MSELoss(reduction="none"))
+    same = torch.ones(1, 2, 3)
+    with pytest.raises(ValueError, match=r"FAQDLoss: fa must return a 0-dim loss, got shape \[1, 2, 3\]"):
+        criterion(torch.ones(1, 2), None, [(same, same)])
+
+
 def test_pairs_of_features_that_do_not_fit_are_numbered():
     wrong = [*pairs(), (torch.ones(1, 2, 3), torch.ones(1, 2, 4))]
     for names, message in (((), "pair 2 of features"), (("a", "b", "c"), "c")):
@@ -529,6 +542,16 @@ def test_pairs_of_features_that_do_not_fit_are_numbered():
         ((torch.ones(2, 3), torch.ones(2, 1), pairs(), None), ValueError, r"got \[2, 3\] and \[2, 1\]"),
         ((torch.ones(2, 3), None, pairs(), None), TypeError, "teacher_logits must be a tensor, got NoneType"),
         (((torch.ones(2, 3),), None, pairs(), None), TypeError, "student_logits must be a tensor, got tuple"),
+        (
+            (torch.ones(2, 3), torch.ones(2, 3), pairs()[0], None),
+            TypeError,
+            "features must be pairs of student's and teacher's, got Tensor",
+        ),
+        (
+            (torch.ones(2, 3, dtype=int), torch.ones(2, 3), pairs(), None),
+            TypeError,
+            "student_logits must be of a floating dtype, got torch.int64",
+        ),
         (
             (torch.ones(3), torch.ones(3), pairs(), None),
             ValueError,

@@ -375,7 +375,7 @@ def feature_affinity_loss(
     is a small difference of large numbers, of which float32 keeps no digit at a relative distance of 1e-3.
     Float64 products run at half the float32 rate on CPUs; on many GPUs they are far slower than that, and on
     none have they been measured. Columns whose squares float64 cannot hold, of norms beyond about 1e154 or
-    below 1e-154, are out of range. ``l1`` is computed in float32 (float64 for float64 features); its gradient
+    below 1e-154, count as zeros. ``l1`` is computed in float32 (float64 for float64 features); its gradient
     follows the signs of :math:`S`, and those of elements below about 1e-6 are rounding. Neither uses TF32 or
     bfloat16 products, whatever ``torch.set_float32_matmul_precision`` says, and autocast changes nothing.
 

@@ -114,6 +114,10 @@ class LazyConnector(nn.modules.lazy.LazyModuleMixin, Connector):
 
     def initialize_parameters(self, features: Tensor) -> None:
         _check_tensor("Connector", "features", features)
+        if features.dim() < 3:
+            raise ValueError(
+                f"Connector: features must have shape (B, C, *spatial), got {list(features.shape)}"
+            )
         if self.has_uninitialized_params():
             channels = features.size(1)
             with torch.no_grad():

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from torchqat.nn import FeatureAffinityLoss
 
 KINDS = ("mse", "kl")
+# Beyond them float32 keeps few digits of the divergence, a difference of numbers that are nearly the same.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100
 
 
 class FAQDTerms(NamedTuple):
@@ -51,19 +53,20 @@ class FAQDLoss(nn.Module):
             over 100 images.
         lambda_label: weight of the cross entropy with the labels; 0 trains without labels.
         kd: ``mse``, the authors' default, or ``kl``.
-        temperature: T, for ``kl`` only. Its default is none of the authors'.
+        temperature: T, from 0.01 to 100, for ``kl`` only. Its default is none of the authors'.
         fa: the loss of one pair of features: None for :class:`torchqat.nn.FeatureAffinityLoss`, or
             :class:`torchqat.nn.FastFeatureAffinityLoss`, or any module of (student, teacher).
 
     Shape:
         logits (B, classes, \*), of any floating dtype; what is computed from them is float32 (float64 where
-        they are). Labels as :func:`torch.nn.functional.cross_entropy` takes them. The loss is 0-dim.
+        they are). Labels as :func:`torch.nn.functional.cross_entropy` takes them. The loss is 0-dim; of an
+        empty batch it is NaN, as torch's means are. A class that the teacher gives -inf counts nothing.
 
     Raises:
         TypeError: a weight or ``temperature`` is no number, ``fa`` no module (a class is none); in forward:
-            logits that are no tensor.
-        ValueError: a weight that is negative or not finite, or all are 0; ``kd`` unknown; ``temperature`` not
-            positive; in forward: labels, teacher's logits or features that are missing where their weight
+            logits that are no tensor of a floating dtype, or features that are not in pairs.
+        ValueError: a weight that is negative or not finite, or all are 0; ``kd`` unknown; ``temperature`` out
+            of range; in forward: labels, teacher's logits or features that are missing where their weight
             is not 0, or logits of different shapes or without classes.
 
     Example:
@@ -101,8 +104,11 @@ class FAQDLoss(nn.Module):
             raise ValueError("FAQDLoss: one of lambda_kd, lambda_fa, lambda_label must be > 0, got 0 for all")
         if kd not in KINDS:
             raise ValueError(f"FAQDLoss: unknown kd {kd!r}; choose one of {', '.join(KINDS)}")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"FAQDLoss: temperature must be a finite number > 0, got {temperature}")
+        if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+            raise ValueError(
+                f"FAQDLoss: temperature must be a number from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}, "
+                f"got {temperature}"
+            )
         if not (fa is None or isinstance(fa, nn.Module)):
             raise TypeError(f"FAQDLoss: fa must be a torch.nn.Module or None, got {what(fa)}")
         self.lambda_kd = lambda_kd
@@ -164,16 +170,23 @@ class FAQDLoss(nn.Module):
             )
         if self.kd == "mse":
             return F.mse_loss(student, teacher)
-        log_student = F.log_softmax(student / self.temperature, 1)
-        # Probabilities of the teacher, not their logarithms: a class of logit -inf counts nothing.
-        divergence = F.kl_div(log_student, F.softmax(teacher / self.temperature, 1), reduction="none").sum(1)
+        log_student, log_teacher = (F.log_softmax(x / self.temperature, 1) for x in (student, teacher))
+        log_teacher = log_teacher.clamp(min=torch.finfo(log_teacher.dtype).min)  # -inf * 0 would be NaN
+        divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
         return self.temperature**2 * divergence.mean()
 
     def _affinity(self, features: Iterable[tuple[Tensor, Tensor]], names: Sequence[str]) -> Tensor:
         losses = []
-        for student, teacher in features:
+        for pair in features:
+            if isinstance(pair, Tensor) or len(pair) != 2:
+                raise TypeError(
+                    f"FAQDLoss: features must be pairs of student's and teacher's, got {what(pair)}"
+                )
             name = names[len(losses)] if names else f"pair {len(losses)} of features"
-            losses.append(naming(name, self.fa, student, teacher))
+            loss = naming(name, self.fa, *pair)
+            if loss.dim():
+                raise ValueError(f"FAQDLoss: fa must return a 0-dim loss, got shape {list(loss.shape)}")
+            losses.append(loss)
         if not losses:
             raise ValueError(
                 "FAQDLoss: features must hold at least one pair where lambda_fa > 0, got none; "
@@ -206,6 +219,8 @@ def _wide(name: str, logits: Any) -> Tensor:
     """Logits in at least float32."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"FAQDLoss: {name} must be a tensor, got {what(logits)}")
+    if not logits.is_floating_point():
+        raise TypeError(f"FAQDLoss: {name} must be of a floating dtype, got {logits.dtype}")
     if logits.dim() < 2:
         raise ValueError(f"FAQDLoss: {name} must have shape (batch, classes, *), got {list(logits.shape)}")
     return logits if logits.dtype == torch.float64 else logits.float()

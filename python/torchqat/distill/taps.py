@@ -33,8 +33,8 @@ class FeatureTaps:
         paths: names of modules, as ``model.named_modules()`` gives them.
 
     Raises:
-        TypeError: ``paths`` is one string; when called: a tapped module returned something other than a
-            tensor.
+        TypeError: ``paths`` is one string, or has something else in it; ``model`` is no module; when called:
+            a tapped module returned something other than a tensor.
         ValueError: there is no module of that name; the message suggests the nearest.
         RuntimeError: when called: a tapped module was not called, or more than once, or its result was
             changed in place afterwards (as by ``nn.ReLU(inplace=True)``), or the hooks are removed.
@@ -50,10 +50,14 @@ class FeatureTaps:
     def __init__(self, model: nn.Module, paths: Iterable[str]):
         if isinstance(paths, str):
             raise TypeError(f"FeatureTaps: paths must be a list of names, got the string {paths!r}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"FeatureTaps: model must be a torch.nn.Module, got {type(model).__name__}")
         self.model = model
         self.paths = list(dict.fromkeys(paths))
         modules = dict(_unwrapped(model).named_modules(remove_duplicate=False))
         for path in self.paths:
+            if not isinstance(path, str):
+                raise TypeError(f"FeatureTaps: paths must be a list of names, got {path!r} in it")
             if path not in modules:
                 raise ValueError(f"FeatureTaps: {_no_such_module(path, model, modules)}")
         self.removed = False

@@ -356,7 +356,6 @@ def test_products_are_those_of_float32_whatever_torch_may_use():
         matmul.fp32_precision = before
 
 
-@pytest.mark.skipif(not hasattr(torch, "_lazy_clone"), reason="this torch makes no lazy clones")
 def test_lazy_clones_are_read_and_stay_lazy():
     student, teacher = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
     for loss in (F.feature_affinity_loss, with_probes(5)):

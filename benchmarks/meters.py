@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -38,18 +39,23 @@ class ColdEvents:
         return self.start.elapsed_time(self.end) * 1e-3
 
 
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's numbers for mallopt
+
+
+def tune_heap(option, value):
+    try:
+        ctypes.CDLL(None).mallopt(option, value)
+    except AttributeError:  # another C library
+        pass
+
+
 def keep_freed_memory():
     """Puts the C library's heap into the state that it has in a program that has trained for a while: what is
     freed is kept, but for blocks above 32 MiB, which are new pages from the kernel each time. Else the
     accident of sizes decides which smaller results get new pages, and that takes longer than to fill them.
     """
-    trim_threshold, mmap_threshold = -1, -3
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # another C library
-        return
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(mmap_threshold, 2**25)  # where glibc's own rule ends, which raises it as blocks are freed
+    tune_heap(TRIM_THRESHOLD, 2**31 - 1)
+    tune_heap(MMAP_THRESHOLD, 2**25)  # where glibc's own rule ends, which raises it as blocks are freed
 
 
 def footprint(call, elements, saves, device):
@@ -89,6 +95,19 @@ def peak_bytes(call, device):
         call()
         synchronize(device)
         return torch.cuda.max_memory_allocated() - before
+    # In a thread of its own, whose heap is new, and with pages of its own for each larger block: in the heap
+    # of a program that has run for a while, holes that earlier calls left decide how much of what was freed
+    # is used again.
+    tune_heap(MMAP_THRESHOLD, 2**17)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(resident_peak, call).result()
+    finally:
+        keep_freed_memory()
+
+
+def resident_peak(call):
+    call()  # what libraries prepare for each thread is not the call's
     try:
         ctypes.CDLL(None).malloc_trim(0)  # or memory freed before would be used again unseen
         Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak starts anew

@@ -70,17 +70,40 @@ struct Images {
   at::Tensor student, teacher, values, gradient;
 };
 
-// A thread's memory for unit columns, used again for its next images: an aligned block seldom fits where one
-// of its size was freed, and the heap would grow by another.
+// The unit columns of some images, (images, student's channels, then teacher's, pixels), and the norms of
+// the student's and the teacher's columns, (2, images, pixels).
+struct UnitColumns {
+  at::Tensor unit, norms;
+};
+
+// Every thread's memory for unit columns, used again for its next images. All of it is one block of the
+// thread that calls: there the gradient that backward returns finds room next, while what another thread
+// has freed stays in that thread's heap.
 class Scratch {
  public:
-  at::Tensor get(at::IntArrayRef sizes, at::ScalarType dtype) {
-    const int64_t numel = c10::multiply_integers(sizes);
-    if (!memory_.defined() || memory_.numel() < numel) memory_ = at::empty({numel}, dtype);
-    return memory_.narrow(0, 0, numel).view(sizes);
+  // For `images` of so many pixels at most.
+  Scratch(int64_t threads, int64_t images, int64_t channels, int64_t pixels, at::ScalarType dtype)
+      : dtype_(dtype),
+        unit_bytes_(bytes(dtype, images * channels * pixels)),
+        memory_(at::empty({threads, unit_bytes_ + bytes(at::kDouble, 2 * images * pixels)}, at::kByte)) {}
+
+  UnitColumns get(int64_t images, int64_t channels, int64_t pixels) const {
+    const auto mine = memory_[at::get_thread_num()];
+    const auto part = [&](int64_t from, at::IntArrayRef sizes, at::ScalarType dtype) {
+      const int64_t size = c10::multiply_integers(sizes) * static_cast<int64_t>(c10::elementSize(dtype));
+      return mine.narrow(0, from, size).view(dtype).view(sizes);
+    };
+    return {part(0, {images, channels, pixels}, dtype_), part(unit_bytes_, {2, images, pixels}, at::kDouble)};
   }
 
  private:
+  // Of whole cache lines.
+  static int64_t bytes(at::ScalarType dtype, int64_t numbers) {
+    return at::divup(numbers * static_cast<int64_t>(c10::elementSize(dtype)), 64) * 64;
+  }
+
+  at::ScalarType dtype_;
+  int64_t unit_bytes_;
   at::Tensor memory_;
 };
 
@@ -119,14 +142,13 @@ void l1_affinity(const at::Tensor& unit, const at::Tensor& values, const at::Ten
 }
 
 template <typename W>
-void run_l1(const Images& images, double eps, double weight, Scratch& scratch) {
+void run_l1(const Images& images, double eps, double weight, const Scratch& scratch) {
   const int64_t channels = images.student.size(1);
   const int64_t others = images.teacher.size(1);
   const auto dtype = c10::CppTypeToScalarType<W>::value;
   const int64_t count = images.student.size(0);
   const int64_t pixels = images.student.size(2);
-  const auto unit = scratch.get({count, channels + others, pixels}, dtype);
-  const auto norms = at::empty({2, count, pixels}, at::kDouble);
+  const auto [unit, norms] = scratch.get(count, channels + others, pixels);
   fill_unit<W>(images.student, eps, unit, norms[0]);
   fill_unit<W>(images.teacher, eps, unit.narrow(1, channels, others), norms[1]);
   at::Tensor gradient = images.gradient;
@@ -138,28 +160,29 @@ void run_l1(const Images& images, double eps, double weight, Scratch& scratch) {
 }
 
 template <typename Products>
-void run_products(const Images& images, double eps, double weight, Scratch& scratch, Products&& products) {
+void run_products(const Images& images, double eps, double weight, const Scratch& scratch,
+                  Products&& products) {
   const int64_t channels = images.student.size(1);
   const int64_t others = images.teacher.size(1);
-  at::Tensor norms;  // of the block that was made last, from pixel `made` on
-  int64_t made = 0;
+  at::Tensor norms;  // of the student in the block that was made last, from pixel `made_from` on
+  int64_t made_from = 0;
   AffinityColumns columns{channels, others, images.student.size(2), {}, {}, kPiece};
   columns.block = [&](int64_t first, int64_t count) {
-    const auto unit = scratch.get({images.student.size(0), channels + others, count}, at::kDouble);
-    norms = at::empty({2, images.student.size(0), count}, at::kDouble);
-    made = first;
-    fill_unit<double>(images.student.narrow(2, first, count), eps, unit, norms[0]);
-    fill_unit<double>(images.teacher.narrow(2, first, count), eps, unit.narrow(1, channels, others),
-                      norms[1]);
-    return unit;
+    const auto made = scratch.get(images.student.size(0), channels + others, count);
+    fill_unit<double>(images.student.narrow(2, first, count), eps, made.unit, made.norms[0]);
+    fill_unit<double>(images.teacher.narrow(2, first, count), eps, made.unit.narrow(1, channels, others),
+                      made.norms[1]);
+    norms = made.norms[0];
+    made_from = first;
+    return made.unit;
   };
   if (images.gradient.defined()) {
     columns.take_gradient = [&](int64_t first, const at::Tensor& gradient) {
       const auto part = [&](const at::Tensor& t, int64_t from) {
         return t.narrow(-1, from, gradient.size(2));
       };
-      fill_gradient<double>(gradient, part(images.student, first), part(norms[0], first - made), eps, weight,
-                            part(images.gradient, first));
+      fill_gradient<double>(gradient, part(images.student, first), part(norms, first - made_from), eps,
+                            weight, part(images.gradient, first));
     };
   }
   images.values.copy_(products(columns));
@@ -195,22 +218,25 @@ class FullPrecision {
   at::Float32Precision before_;
 };
 
-// Calls f(Images, Scratch) for all images, some at a time, in parallel; returns their values.
+// Calls f(Images, Scratch) for all images, some at a time, in parallel; returns their values. f asks for the
+// unit columns of `block` pixels at most, in `dtype`.
 template <typename F>
-at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& gradient, F&& f) {
+at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& gradient,
+               int64_t block, at::ScalarType dtype, F&& f) {
   const auto a = as_columns(student);
   const auto b = as_columns(teacher);
   const auto grad = gradient.defined() ? as_columns(gradient) : gradient;
   const auto values = at::empty({a.size(0)}, at::kDouble);
   const int64_t together = std::max<int64_t>(1, kGrain / ((a.size(1) + b.size(1)) * a.size(2)));
   const int64_t parts = at::divup(a.size(0), together);
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), parts);
+  const Scratch scratch(threads, std::min(together, a.size(0)), a.size(1) + b.size(1), block, dtype);
   const FullPrecision full_precision;
   // Never fewer than two parts: inside a parallel region a matrix product runs on one thread, and the order
   // of its sums does not depend on how many there are.
   at::parallel_for(0, std::max<int64_t>(parts, 2), 1, [&](int64_t from, int64_t to) {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast_dispatch_keyset);
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    Scratch scratch;
     for (int64_t part = from; part < std::min(to, parts); ++part) {
       const auto of_part = [&](const at::Tensor& t) {
         return t.narrow(0, part * together, std::min(together, t.size(0) - part * together));
@@ -224,10 +250,15 @@ at::Tensor run(const at::Tensor& student, const at::Tensor& teacher, const at::T
 
 at::Tensor exact(const at::Tensor& student, const at::Tensor& teacher, std::string_view norm, double eps,
                  double weight, const at::Tensor& gradient, at::ScalarType dtype) {
-  return run(student, teacher, gradient, [&](const Images& images, Scratch& scratch) {
-    if (norm == "fro") {
+  const int64_t pixels = c10::multiply_integers(student.sizes().slice(2));
+  if (norm == "fro") {
+    const int64_t block = affinity_block(student.size(1), teacher.size(1), pixels, /*probes=*/0);
+    return run(student, teacher, gradient, block, at::kDouble, [&](const auto& images, const auto& scratch) {
       run_products(images, eps, weight, scratch, frobenius_affinity);
-    } else if (dtype == at::kDouble) {
+    });
+  }
+  return run(student, teacher, gradient, pixels, dtype, [&](const auto& images, const auto& scratch) {
+    if (dtype == at::kDouble) {
       run_l1<double>(images, eps, weight, scratch);
     } else {
       run_l1<float>(images, eps, weight, scratch);
@@ -238,7 +269,9 @@ at::Tensor exact(const at::Tensor& student, const at::Tensor& teacher, std::stri
 at::Tensor fast(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& probes,
                 std::string_view norm, double eps, double weight, const at::Tensor& gradient) {
   const auto wide = probes.to(at::kDouble);
-  return run(student, teacher, gradient, [&](const Images& images, Scratch& scratch) {
+  const int64_t block =
+      affinity_block(student.size(1), teacher.size(1), probes.size(0), /*probes=*/probes.size(1));
+  return run(student, teacher, gradient, block, at::kDouble, [&](const auto& images, const auto& scratch) {
     run_products(images, eps, weight, scratch,
                  [&](const AffinityColumns& columns) { return fast_affinity(columns, wide, norm); });
   });

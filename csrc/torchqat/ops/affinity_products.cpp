@@ -172,10 +172,15 @@ at::Tensor fast_affinity(const AffinityColumns& columns, const at::Tensor& probe
   return values.mul_(weight);
 }
 
+int64_t affinity_block(int64_t student_channels, int64_t teacher_channels, int64_t pixels, int64_t probes) {
+  const bool direct = probes == 0 && takes_pixels(student_channels, teacher_channels, pixels);
+  return direct ? pixels : pixels_of_block(student_channels + teacher_channels, pixels);
+}
+
 int64_t affinity_scratch(int64_t student_channels, int64_t teacher_channels, int64_t pixels, int64_t probes) {
   const int64_t both = student_channels + teacher_channels;
   const bool direct = probes == 0 && takes_pixels(student_channels, teacher_channels, pixels);
-  const int64_t block = direct ? pixels : pixels_of_block(both, pixels);
+  const int64_t block = affinity_block(student_channels, teacher_channels, pixels, probes);
   const int64_t products = direct        ? pixels * pixels
                            : probes == 0 ? both * both
                                          : probes * (2 * both + 2 * block);

@@ -31,8 +31,10 @@ at::Tensor frobenius_affinity(const AffinityColumns& columns);
 // ("l1").
 at::Tensor fast_affinity(const AffinityColumns& columns, const at::Tensor& probes, std::string_view norm);
 
-// Numbers that they hold for an image at most, the gradient of a block and its columns included; `probes` is
-// 0 for frobenius_affinity.
+// Pixels in the largest block that they ask for; `probes` is 0 for frobenius_affinity.
+int64_t affinity_block(int64_t student_channels, int64_t teacher_channels, int64_t pixels, int64_t probes);
+
+// Numbers that they hold for an image at most, the gradient of a block and its columns included.
 int64_t affinity_scratch(int64_t student_channels, int64_t teacher_channels, int64_t pixels, int64_t probes);
 
 }  // namespace torchqat

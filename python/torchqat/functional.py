@@ -26,6 +26,7 @@ def staircase_relu(
     ste: str = "clipped_relu",
     alpha_grad: str = "three_valued",
     channel_dim: int = 1,
+    save_codes: bool = False,
 ) -> Tensor:
     r"""Quantizes activations to the :math:`b`-bit staircase ReLU of step size :math:`\alpha`.
 
@@ -102,7 +103,14 @@ def staircase_relu(
     clipping activation" (2018).
     """
     return call(
-        torch.ops.qat.staircase_relu, x, alpha, bits, ste=ste, alpha_grad=alpha_grad, channel_dim=channel_dim
+        torch.ops.qat.staircase_relu,
+        x,
+        alpha,
+        bits,
+        ste=ste,
+        alpha_grad=alpha_grad,
+        channel_dim=channel_dim,
+        save_codes=save_codes,
     )
 
 

@@ -3,10 +3,10 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
-#include "torchqat/math/region_code.h"
-#include "torchqat/ops/autograd_node.h"
+#include "torchqat/math/step_codes.h"
 #include "torchqat/ops/dtypes.h"
 #include "torchqat/ops/not_differentiable.h"
+#include "torchqat/ops/recipe.h"
 #include "torchqat/ops/ste.h"
 
 namespace torchqat {
@@ -46,6 +46,13 @@ auto forward_op() {
   return op;
 }
 
+auto rebuild_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("qat::_staircase_relu_rebuild", "")
+                             .typed<decltype(staircase_relu_rebuild_meta)>();
+  return op;
+}
+
 auto backward_op() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("qat::_staircase_relu_backward", "")
@@ -59,6 +66,23 @@ auto public_op() {
                              .typed<decltype(staircase_relu_meta)>();
   return op;
 }
+
+// y, from its codes.
+struct Steps : RecipeOf<Steps> {
+  at::Tensor make() const override {
+    const auto codes_now = codes.get();  // with autograd on: checkpointing computes it again here
+    const auto alpha_now = alpha.get();
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return rebuild_op().call(codes_now, alpha_now, size, stride, dtype, bits, channel_dim);
+  }
+  void each_field(auto&& f) { each(f, codes, alpha, size, stride, dtype, bits, channel_dim); }
+
+  Ingredient codes, alpha;
+  std::vector<c10::SymInt> size, stride;
+  at::ScalarType dtype = at::kFloat;
+  int64_t bits = 0;
+  int64_t channel_dim = 0;
+};
 
 struct StaircaseReluBackward : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
@@ -78,7 +102,8 @@ struct StaircaseReluBackward : torch::autograd::Node {
     const auto saved_now = saved.unpack();  // with autograd on: checkpointing computes it again here
     const auto alpha_now = alpha.unpack();
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return backward_op().call(grad, saved_now, alpha_now, size, stride, bits, ste, alpha_grad, channel_dim);
+    return backward_op().call(grad, saved_now, alpha_now, size, stride, bits, ste, alpha_grad, channel_dim,
+                              codes);
   }
   void release_variables() override {
     saved.reset_data();
@@ -94,6 +119,7 @@ struct StaircaseReluBackward : torch::autograd::Node {
     args.collect(ste);
     args.collect(alpha_grad);
     args.collect(channel_dim);
+    args.collect(codes);
   }
   torch::autograd::variable_list apply_with_saved(
       const torch::autograd::variable_list& grads,
@@ -110,38 +136,42 @@ struct StaircaseReluBackward : torch::autograd::Node {
     return result;
   }
 
-  torch::autograd::SavedVariable saved;  // the packed regions, or x
+  torch::autograd::SavedVariable saved;  // packed regions or codes, or x
   torch::autograd::SavedVariable alpha;
-  std::vector<c10::SymInt> size;  // of y, and its strides: how the regions are ordered
+  std::vector<c10::SymInt> size;  // of y, and its strides: how what is packed is ordered
   std::vector<c10::SymInt> stride;
   int64_t bits = 0;
   std::string ste;
   std::string alpha_grad;
   int64_t channel_dim = 0;
+  bool codes = false;
 };
 
 at::Tensor staircase_relu_autograd(const at::Tensor& x, const at::Tensor& alpha, int64_t bits,
-                                   std::string_view ste, std::string_view alpha_grad, int64_t channel_dim) {
+                                   std::string_view ste, std::string_view alpha_grad, int64_t channel_dim,
+                                   bool save_codes) {
   check("staircase_relu", x, alpha, bits, channel_dim);
-  const bool from_x = backward_needs_x(ste, alpha_grad, alpha.requires_grad() ? bits : 1);
+  const Needs needs = backward_needs(ste, alpha_grad, alpha.requires_grad() ? bits : 1);
   TORCH_CHECK_NOT_IMPLEMENTED(
       !has_tangent(x) && !has_tangent(alpha),
       "staircase_relu: forward-mode derivatives (jvp) are not implemented; use reverse mode");
   const bool differentiate = at::GradMode::is_enabled() && (x.requires_grad() || alpha.requires_grad());
+  const bool codes = save_codes || needs == Needs::level || (bits == 1 && needs == Needs::region);
+  const bool from_x = needs == Needs::x;
   at::Tensor y;
-  at::Tensor regions;
+  at::Tensor kept;
   {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    if (!differentiate || from_x) {
-      y = public_op().call(x, alpha, bits, ste, alpha_grad, channel_dim);
+    if (!differentiate || (from_x && !codes)) {
+      y = public_op().call(x, alpha, bits, ste, alpha_grad, channel_dim, save_codes);
     } else {
-      std::tie(y, regions) = forward_op().call(x, alpha, bits, channel_dim);
+      std::tie(y, kept) = forward_op().call(x, alpha, bits, channel_dim, codes);
     }
   }
   if (!differentiate) return y;
   auto node = make_node<StaircaseReluBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(x, alpha));
-  node->saved = torch::autograd::SavedVariable(from_x ? x : regions, /*is_output=*/false);
+  node->saved = torch::autograd::SavedVariable(from_x ? x : kept, /*is_output=*/false);
   node->alpha = torch::autograd::SavedVariable(alpha, /*is_output=*/false);
   node->size = y.sym_sizes().vec();
   node->stride = y.sym_strides().vec();
@@ -149,7 +179,19 @@ at::Tensor staircase_relu_autograd(const at::Tensor& x, const at::Tensor& alpha,
   node->ste = ste;
   node->alpha_grad = alpha_grad;
   node->channel_dim = channel_dim;
+  node->codes = codes;
   torch::autograd::set_history(y, node);
+  if (codes) {
+    auto steps = std::make_shared<Steps>();
+    steps->codes = kept;
+    steps->alpha = alpha;
+    steps->size = node->size;
+    steps->stride = node->stride;
+    steps->dtype = y.scalar_type();
+    steps->bits = bits;
+    steps->channel_dim = channel_dim;
+    attach_recipe(y, std::move(steps));
+  }
   return y;
 }
 
@@ -164,15 +206,17 @@ at::Tensor staircase_codes_autograd(const at::Tensor& x, const at::Tensor& alpha
 
 }  // namespace
 
+int kept_bits(int64_t bits, bool codes) { return codes ? math::step_code_bits(bits) : math::kRegionBits; }
+
 std::optional<int64_t> alpha_channel_dim(const at::Tensor& x, const at::Tensor& alpha, int64_t channel_dim) {
   if (alpha.numel() == 1 || alpha.dim() == 0) return std::nullopt;
   return at::maybe_wrap_dim(channel_dim, x.dim());
 }
 
 at::Tensor staircase_relu_meta(const at::Tensor& x, const at::Tensor& alpha, int64_t bits,
-                               std::string_view ste, std::string_view alpha_grad, int64_t channel_dim) {
+                               std::string_view ste, std::string_view alpha_grad, int64_t channel_dim, bool) {
   check("staircase_relu", x, alpha, bits, channel_dim);
-  backward_needs_x(ste, alpha_grad, bits);  // raises for unknown names
+  backward_needs(ste, alpha_grad, bits);  // raises for unknown names
   return at::empty_like(x);
 }
 
@@ -183,17 +227,23 @@ at::Tensor staircase_codes_meta(const at::Tensor& x, const at::Tensor& alpha, in
 }
 
 std::tuple<at::Tensor, at::Tensor> staircase_relu_forward_meta(const at::Tensor& x, const at::Tensor& alpha,
-                                                               int64_t bits, int64_t channel_dim) {
+                                                               int64_t bits, int64_t channel_dim,
+                                                               bool codes) {
   check("staircase_relu", x, alpha, bits, channel_dim);
-  const auto bytes = (x.sym_numel() + (math::kRegionsPerWord - 1)) / math::kRegionsPerWord * sizeof(uint16_t);
+  const auto bytes = math::step_code_bytes(x.sym_numel(), kept_bits(bits, codes));
   return {at::empty_like(x), at::empty_symint({bytes}, x.options().dtype(at::kByte))};
+}
+
+at::Tensor staircase_relu_rebuild_meta(const at::Tensor& codes, const at::Tensor&, c10::SymIntArrayRef size,
+                                       c10::SymIntArrayRef stride, at::ScalarType dtype, int64_t, int64_t) {
+  return at::empty_strided_symint(size, stride, codes.options().dtype(dtype));
 }
 
 // The result's shape is stated rather than read off grad, whose shape compiled autograd does not know while
 // it traces.
 std::tuple<at::Tensor, at::Tensor> staircase_relu_backward_meta(
     const at::Tensor& grad, const at::Tensor& saved, const at::Tensor& alpha, c10::SymIntArrayRef size,
-    c10::SymIntArrayRef stride, int64_t, std::string_view, std::string_view, int64_t) {
+    c10::SymIntArrayRef stride, int64_t, std::string_view, std::string_view, int64_t, bool) {
   TORCH_CHECK_VALUE(saved.device() == grad.device() && alpha.device() == grad.device(),
                     "_staircase_relu_backward: grad, saved and alpha must be on one device, got ",
                     grad.device(), ", ", saved.device(), " and ", alpha.device());
@@ -201,8 +251,8 @@ std::tuple<at::Tensor, at::Tensor> staircase_relu_backward_meta(
 }
 
 at::Tensor staircase_relu(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, std::string_view ste,
-                          std::string_view alpha_grad, int64_t channel_dim) {
-  return public_op().call(x, alpha, bits, ste, alpha_grad, channel_dim);
+                          std::string_view alpha_grad, int64_t channel_dim, bool save_codes) {
+  return public_op().call(x, alpha, bits, ste, alpha_grad, channel_dim, save_codes);
 }
 
 at::Tensor staircase_codes(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, int64_t channel_dim) {
@@ -221,6 +271,7 @@ TORCH_LIBRARY_IMPL(qat, Autograd, m) {
   m.impl("staircase_relu", staircase_relu_autograd);
   m.impl("staircase_codes", staircase_codes_autograd);
   m.impl("_staircase_relu_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_staircase_relu_rebuild", torch::autograd::autogradNotImplementedFallback());
   m.impl("_staircase_relu_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
@@ -228,6 +279,7 @@ TORCH_LIBRARY_IMPL(qat, Meta, m) {
   m.impl("staircase_relu", staircase_relu_meta);
   m.impl("staircase_codes", staircase_codes_meta);
   m.impl("_staircase_relu_forward", staircase_relu_forward_meta);
+  m.impl("_staircase_relu_rebuild", staircase_relu_rebuild_meta);
   m.impl("_staircase_relu_backward", staircase_relu_backward_meta);
 }
 

@@ -1,7 +1,16 @@
 """Modules."""
 
 from torchqat.nn.feature_affinity import FastFeatureAffinityLoss, FeatureAffinityLoss
+from torchqat.nn.quant_layers import QuantConv1d, QuantConv2d, QuantLinear, QuantMaxPool2d
 from torchqat.nn.staircase_relu import OPTIMAL_ALPHA as OPTIMAL_ALPHA
 from torchqat.nn.staircase_relu import StaircaseReLU
 
-__all__ = ["FastFeatureAffinityLoss", "FeatureAffinityLoss", "StaircaseReLU"]
+__all__ = [
+    "FastFeatureAffinityLoss",
+    "FeatureAffinityLoss",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantLinear",
+    "QuantMaxPool2d",
+    "StaircaseReLU",
+]

@@ -85,6 +85,7 @@ class StaircaseReLU(torch.nn.Module):
         alpha_grad_scale: float = 0.01,
         alpha_grad_clip: float = 1.0,
         alpha_min: float = 1e-3,
+        save_codes: bool = True,
     ):
         super().__init__()
         check_bits("StaircaseReLU: bits", bits)
@@ -103,6 +104,7 @@ class StaircaseReLU(torch.nn.Module):
         self.alpha_grad_scale = alpha_grad_scale
         self.alpha_grad_clip = alpha_grad_clip
         self.alpha_min = alpha_min
+        self.save_codes = save_codes
         # The operator knows what its options may be: ask it rather than keep a second list.
         F.staircase_relu(torch.empty(0), torch.tensor(1.0), bits, ste=ste, alpha_grad=alpha_grad)
         start = max(self._initial_alpha(alpha_init), alpha_min)
@@ -131,7 +133,14 @@ class StaircaseReLU(torch.nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.staircase_relu(x, self.step_size(), self.bits, ste=self.ste, alpha_grad=self.alpha_grad)
+        return F.staircase_relu(
+            x,
+            self.step_size(),
+            self.bits,
+            ste=self.ste,
+            alpha_grad=self.alpha_grad,
+            save_codes=self.save_codes,
+        )
 
     def settings(self) -> dict[str, Any]:
         """What a state must have been trained with to fit: ``bits``, ``ste`` and ``alpha_grad``."""

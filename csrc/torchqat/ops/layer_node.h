@@ -1,0 +1,72 @@
+#pragma once
+
+#include <functional>
+#include <initializer_list>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "torchqat/ops/recipe.h"
+
+namespace torchqat {
+
+// Whether the gradient in an operator's i-th argument is asked for.
+using IsNeeded = std::function<bool(size_t)>;
+
+// A copy of the gradient, of which it is stated what size it has: compiled autograd does not know while it
+// traces.
+at::Tensor with_size(const at::Tensor& grad, c10::SymIntArrayRef size);
+
+// The backward pass of a layer. K is a copy of what it keeps, saved: K::op is the layer's name in messages,
+// and K::derivatives(grad, is_needed) calls dispatcher operators only.
+template <typename K>
+struct LayerNode : torch::autograd::Node {
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
+    if (!grads[0].defined()) return torch::autograd::variable_list(num_outputs());
+    TORCH_CHECK(kept, torch::autograd::ERR_BACKWARD_TWICE);
+    auto result = kept->derivatives(grads[0], [this](size_t i) { return task_should_compute_output(i); });
+    if (at::GradMode::is_enabled()) {
+      auto inputs = next_edges();
+      inputs.push_back(torch::autograd::impl::gradient_edge(grads[0]));
+      refuse_second_derivative(K::op, result, std::move(inputs));
+    }
+    return result;
+  }
+  void release_variables() override { kept.reset(); }
+  std::string name() const override { return std::string(K::op) + "_backward"; }
+  void compiled_args(CompiledNodeArgs& args) const override {
+    kept->each_field([&](auto& field) { collect(args, field); });
+    args.collect(size);
+  }
+  torch::autograd::variable_list apply_with_saved(const torch::autograd::variable_list& grads,
+                                                  SwapSavedVariables& swap) override {
+    kept->each_field([&](auto& field) { before(swap, field); });
+    swap.before(size);
+    auto result = apply({grads[0].defined() ? with_size(grads[0], size) : at::Tensor()});
+    kept->each_field([&](auto& field) { after(swap, field); });
+    swap.after(size);
+    return result;
+  }
+
+  std::shared_ptr<K> kept;
+  std::vector<c10::SymInt> size;  // of the result
+};
+
+// Gives a layer's result its history: what backward keeps, and what the layer has read.
+template <typename K>
+void set_layer_history(const at::Tensor& result, std::shared_ptr<K> kept, torch::autograd::edge_list edges) {
+  auto node = make_node<LayerNode<K>>();
+  node->kept = std::move(kept);
+  node->size = result.sym_sizes().vec();
+  node->set_next_edges(std::move(edges));
+  torch::autograd::set_history(result, node);
+}
+
+inline bool is_differentiated(std::initializer_list<at::Tensor> inputs) {
+  if (!at::GradMode::is_enabled()) return false;
+  return std::any_of(inputs.begin(), inputs.end(),
+                     [](const auto& t) { return t.defined() && t.requires_grad(); });
+}
+
+}  // namespace torchqat

@@ -1,0 +1,74 @@
+#include "torchqat/ops/recipe.h"
+
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <vector>
+
+namespace torchqat {
+namespace {
+
+// Autograd's record of a tensor, with a recipe: it has the life of the tensor, and a view knows its base.
+struct RecordWithRecipe : torch::autograd::AutogradMeta {
+  std::shared_ptr<Recipe> recipe;
+  int64_t version = 0;
+};
+
+// A view, from the tensor that it is a view of.
+struct View : RecipeOf<View> {
+  at::Tensor make() const override { return base->make().as_strided_symint(size, stride, offset); }
+  void each_field(auto&& f) { each(f, base, size, stride, offset); }
+
+  std::shared_ptr<Recipe> base;
+  std::vector<c10::SymInt> size, stride;
+  c10::SymInt offset;
+};
+
+// A tensor in another dtype.
+struct Cast : RecipeOf<Cast> {
+  at::Tensor make() const override { return base->make().to(dtype); }
+  void each_field(auto&& f) { each(f, base, dtype); }
+
+  std::shared_ptr<Recipe> base;
+  at::ScalarType dtype;
+};
+
+}  // namespace
+
+void attach_recipe(const at::Tensor& tensor, std::shared_ptr<Recipe> recipe) {
+  auto record = std::make_unique<RecordWithRecipe>();
+  record->recipe = std::move(recipe);
+  record->version = tensor._version();
+  if (const auto* before = torch::autograd::impl::get_autograd_meta(tensor)) {
+    record->grad_fn_ = before->grad_fn_;
+    record->output_nr_ = before->output_nr_;
+  }
+  tensor.unsafeGetTensorImpl()->set_autograd_meta(std::move(record));
+}
+
+std::shared_ptr<Recipe> recipe_of(const at::Tensor& tensor) {
+  const bool is_view = tensor.is_view();
+  const auto* record = dynamic_cast<const RecordWithRecipe*>(
+      torch::autograd::impl::get_autograd_meta(is_view ? tensor._base() : tensor));
+  if (record == nullptr || record->version != tensor._version()) return nullptr;
+  if (!is_view) return record->recipe;
+  auto view = std::make_shared<View>();
+  view->base = record->recipe;
+  view->size = tensor.sym_sizes().vec();
+  view->stride = tensor.sym_strides().vec();
+  view->offset = tensor.sym_storage_offset();
+  return view;
+}
+
+at::Tensor autocast_with_recipe(const at::Tensor& tensor, at::ScalarType dtype, c10::DeviceType device) {
+  const auto cast = at::autocast::cached_cast(dtype, tensor, device);
+  const auto recipe = cast.grad_fn() && !cast.is_same(tensor) ? recipe_of(tensor) : nullptr;
+  if (!recipe) return cast;
+  auto of_cast = std::make_shared<Cast>();
+  of_cast->base = recipe;
+  of_cast->dtype = cast.scalar_type();
+  attach_recipe(cast, std::move(of_cast));
+  return cast;
+}
+
+}  // namespace torchqat

@@ -56,6 +56,10 @@ TORCH_LIBRARY(qat, m) {
       "_convolution(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, "
       "SymInt[] dilation, SymInt groups, bool recompute) -> Tensor",
       tags);
+  m.def(
+      "_batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, "
+      "Tensor(b!) running_var, float momentum, float eps) -> Tensor",
+      tags);
   m.def("_with_size(Tensor grad, SymInt[] size) -> Tensor", tags);
   m.def("_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", tags);
   m.def(

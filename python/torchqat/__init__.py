@@ -9,6 +9,7 @@ _BUILD = _library.load()
 
 from torchqat import _vmap, distill, functional, nn, optim  # noqa: E402, F401  (they need the operators)
 from torchqat.calibrate import calibrate  # noqa: E402
+from torchqat.memory_report import memory_report  # noqa: E402
 from torchqat.prepare import prepare  # noqa: E402
 
 __version__: str = _BUILD["torchqat"]
@@ -40,6 +41,7 @@ __all__ = [
     "cmake_prefix_path",
     "distill",
     "functional",
+    "memory_report",
     "nn",
     "optim",
     "prepare",

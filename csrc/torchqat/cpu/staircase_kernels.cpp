@@ -24,13 +24,13 @@ struct RegionsKept {
 
   static RegionsKept read(const uint8_t* kept, int64_t i, int64_t count) {
     uint32_t bits = 0;
-    std::memcpy(&bits, kept + i / 4, math::step_code_bytes(count, 2));
+    std::memcpy(&bits, kept + i / 4, math::code_bytes(count, 2));
     const auto even_bytes = [](uint32_t b) { return (b & 0xFFu) | (b >> 8u & 0xFF00u); };
     return {even_bytes(bits), even_bytes(bits >> 8u)};
   }
   void write(uint8_t* kept, int64_t i, int64_t count) const {
     const __m128i bytes = _mm_unpacklo_epi8(_mm_cvtsi32_si128(low), _mm_cvtsi32_si128(high));
-    std::memcpy(kept + i / 4, &bytes, math::step_code_bytes(count, 2));
+    std::memcpy(kept + i / 4, &bytes, math::code_bytes(count, 2));
   }
   template <typename T>
   void put(int lane, Vec<T> x, const math::Staircase<Vec<T>>& stair) {
@@ -58,7 +58,7 @@ struct StatesKept {
     StatesKept group;
     if constexpr (bits == 4) {
       int64_t pairs = 0;
-      std::memcpy(&pairs, kept + i / 2, math::step_code_bytes(count, bits));
+      std::memcpy(&pairs, kept + i / 2, math::code_bytes(count, bits));
       const __m128i both = _mm_cvtsi64_si128(pairs);
       const __m128i four = _mm_set1_epi8(15);
       const __m128i each =
@@ -66,7 +66,7 @@ struct StatesKept {
       std::memcpy(group.states, &each, sizeof(each));
     } else {
       if (count < kGroup) std::fill_n(group.states, kGroup, State{0});
-      std::memcpy(group.states, kept + i * sizeof(State), count * sizeof(State));
+      std::memcpy(group.states, kept + i * sizeof(State), math::code_bytes(count, bits));
     }
     return group;
   }
@@ -75,9 +75,9 @@ struct StatesKept {
       const auto each = torchqat::TORCHQAT_ISA::read<__m128i>(states);
       const __m128i pairs = _mm_or_si128(_mm_and_si128(each, _mm_set1_epi16(15)), _mm_srli_epi16(each, 4));
       const __m128i both = _mm_packus_epi16(_mm_and_si128(pairs, _mm_set1_epi16(255)), __m128i{});
-      std::memcpy(kept + i / 2, &both, math::step_code_bytes(count, bits));
+      std::memcpy(kept + i / 2, &both, math::code_bytes(count, bits));
     } else {
-      std::memcpy(kept + i * sizeof(State), states, count * sizeof(State));
+      std::memcpy(kept + i * sizeof(State), states, math::code_bytes(count, bits));
     }
   }
   template <typename T>
@@ -94,20 +94,8 @@ struct StatesKept {
   }
 };
 
-// Calls f(Kept{}) for what is kept in so many bits.
-template <typename F>
-void with_kept(int bits, F&& f) {
-  switch (bits) {
-    case 2:
-      return f(RegionsKept{});
-    case 4:
-      return f(StatesKept<4>{});
-    case 8:
-      return f(StatesKept<8>{});
-    default:
-      return f(StatesKept<16>{});
-  }
-}
+template <int bits>
+using KeptIn = std::conditional_t<bits == math::kRegionBits, RegionsKept, StatesKept<bits>>;
 
 template <typename Kept, typename S, typename Piece>
 Kept forward_group(const S* x, S* y, const Piece& piece, int64_t place) {
@@ -142,7 +130,8 @@ template <typename S, typename T>
 void forward(const S* x, S* y, uint8_t* kept, int kept_bits, const StepSizes<T>& steps, int64_t begin,
              int64_t end) {
   if (kept_bits == 0) return forward_keeping<NothingKept>(x, y, kept, steps, begin, end);
-  with_kept(kept_bits, [&]<typename Kept>(Kept) { forward_keeping<Kept>(x, y, kept, steps, begin, end); });
+  math::with_code_bits(kept_bits,
+                       [&](auto bits) { forward_keeping<KeptIn<bits>>(x, y, kept, steps, begin, end); });
 }
 
 template <typename Kept, typename S, typename T>
@@ -167,7 +156,7 @@ TORCHQAT_ALL_INLINE void rebuild_from(const uint8_t* kept, S* y, const StepSizes
 template <typename S, typename T>
 void rebuild(const uint8_t* kept, int kept_bits, S* y, const StepSizes<T>& steps, int64_t begin,
              int64_t end) {
-  with_kept(kept_bits, [&]<typename Kept>(Kept) { rebuild_from<Kept>(kept, y, steps, begin, end); });
+  math::with_code_bits(kept_bits, [&](auto bits) { rebuild_from<KeptIn<bits>>(kept, y, steps, begin, end); });
 }
 
 template <typename S, typename T>
@@ -253,8 +242,9 @@ void backward(const S* grad, const uint8_t* kept, int kept_bits, S* grad_x, doub
   const auto& [x, alpha] = slopes;
   const math::RegionBackward<Vec<T>> wide{{x.below, x.inside, x.above},
                                           {alpha.below, alpha.inside, alpha.above}};
-  with_kept(kept_bits, [&]<typename Kept>(Kept) {
-    backward_from(grad, FromKept<Kept, T>{kept, wide, exact}, grad_x, alpha_sums, steps, begin, end);
+  math::with_code_bits(kept_bits, [&](auto bits) {
+    const FromKept<KeptIn<bits>, T> from{kept, wide, exact};
+    backward_from(grad, from, grad_x, alpha_sums, steps, begin, end);
   });
 }
 

@@ -22,7 +22,7 @@ const auto& kernels() {
 
 // Elements that one thread takes at a time, a multiple of the eight that share bytes of what is kept.
 constexpr int64_t kGrain = at::internal::GRAIN_SIZE;
-static_assert(kGrain % math::kRegionsPerWord == 0);
+static_assert(kGrain % math::kCodesTogether == 0);
 
 // Calls f(begin, end) for parts of [0, n), in parallel. They begin at multiples of kGrain.
 template <typename F>
@@ -82,7 +82,7 @@ at::Tensor rebuild(const at::Tensor& codes, const at::Tensor& alpha, c10::SymInt
     const auto* from = codes.const_data_ptr<uint8_t>();
     auto* to = y.mutable_data_ptr<scalar_t>();
     for_each_part(y.numel(), [&](int64_t begin, int64_t end) {
-      kernels<scalar_t>().rebuild(from, math::step_code_bits(bits), to, steps, begin, end);
+      kernels<scalar_t>().rebuild(from, math::state_bits(bits), to, steps, begin, end);
     });
   });
   return y;

@@ -206,7 +206,7 @@ at::Tensor staircase_codes_autograd(const at::Tensor& x, const at::Tensor& alpha
 
 }  // namespace
 
-int kept_bits(int64_t bits, bool codes) { return codes ? math::step_code_bits(bits) : math::kRegionBits; }
+int kept_bits(int64_t bits, bool codes) { return codes ? math::state_bits(bits) : math::kRegionBits; }
 
 std::optional<int64_t> alpha_channel_dim(const at::Tensor& x, const at::Tensor& alpha, int64_t channel_dim) {
   if (alpha.numel() == 1 || alpha.dim() == 0) return std::nullopt;
@@ -230,7 +230,7 @@ std::tuple<at::Tensor, at::Tensor> staircase_relu_forward_meta(const at::Tensor&
                                                                int64_t bits, int64_t channel_dim,
                                                                bool codes) {
   check("staircase_relu", x, alpha, bits, channel_dim);
-  const auto bytes = math::step_code_bytes(x.sym_numel(), kept_bits(bits, codes));
+  const auto bytes = math::code_bytes(x.sym_numel(), kept_bits(bits, codes));
   return {at::empty_like(x), at::empty_symint({bytes}, x.options().dtype(at::kByte))};
 }
 

@@ -38,8 +38,8 @@ at::Tensor staircase_codes_meta(const at::Tensor& x, const at::Tensor& alpha, in
                                 int64_t channel_dim);
 
 // The private halves of the differentiable operator. Forward also returns what backward keeps of y's elements
-// in memory order: with `codes` their packed states (math/step_codes.h), from which `rebuild` makes y again,
-// else their packed regions (math/region_code.h). Backward takes that, or x where the STE or the rule needs
+// in memory order: with `codes` their packed states, from which `rebuild` makes y again, else their
+// packed regions (math/step_codes.h). Backward takes that, or x where the STE or the rule needs
 // it
 // (`saved` then has a floating dtype), and returns the gradients of x and alpha. `size` and `stride` are y's:
 // they say how what is kept is ordered.

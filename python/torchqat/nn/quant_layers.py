@@ -7,23 +7,19 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 
-class _KeepsCodes:
-    """What the classes below have in common: a state, a repr and results like those of their torch class."""
-
-    #: Whether backward computes the result again for the normalization that reads it.
+class _QuantConv:
+    #: Whether a normalization that reads the result has it computed again in backward, rather than keep it.
     recompute = False
 
-
-class _QuantConv(_KeepsCodes):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding = self._padding()
+        padding = self._zeros_around()
         if padding is None or torch.compiler.is_exporting():
             return super()._conv_forward(input, weight, bias)
         return torch.ops.qat._convolution(
             input, weight, bias, self.stride, padding, self.dilation, self.groups, self.recompute
         )
 
-    def _padding(self) -> Any:
+    def _zeros_around(self) -> Any:
         """The zeros on each side, or None where the convolution pads with something else, or unevenly."""
         if self.padding_mode != "zeros":
             return None
@@ -36,21 +32,75 @@ class _QuantConv(_KeepsCodes):
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
-    pass
+    """``torch.nn.Conv1d`` that keeps codes; all that is said of :class:`QuantConv2d` holds."""
 
 
 class QuantConv2d(_QuantConv, nn.Conv2d):
-    pass
+    r"""``torch.nn.Conv2d`` that keeps the codes of its input for backward, where its input is on the steps of
+    a :class:`StaircaseReLU`.
+
+    The gradient of the weights needs the input once more. After a staircase every element of it is
+    :math:`k \alpha` with :math:`k` of :math:`b` bits: what is kept is the packed codes, which the staircase
+    keeps for its own backward pass anyway (``save_codes``), and all layers that read the same activation
+    share. With one bit that is 2 bits an element, with 2 and 3 it is 4, with 4 to 7 it is 8 (16 with 8),
+    where the plain layer keeps 32. Backward makes the very same floats again, so that outputs and gradients
+    are those of the plain layer bit by bit.
+
+    Arguments, state and results are those of ``torch.nn.Conv2d``: a module of that class becomes one of this
+    by ``module.__class__ = QuantConv2d``, as :func:`torchqat.prepare` does it. An input that is no
+    staircase's output (images, sums, results of dropout, or one that something has written into), another
+    ``padding_mode`` than zeros, or a staircase with ``save_codes=False``: then it is the plain layer. Views
+    of the activation (``flatten``, ``reshape``, slices) and :class:`QuantMaxPool2d` may lie between. Whether
+    the input is a staircase's output is found out at each call, by autograd's own record of the tensor: no
+    value is compared, and writing through ``Tensor.data``, which autograd cannot see, goes unseen here too.
+
+    Attributes:
+        recompute: ``True`` where :class:`QuantBatchNorm2d` reads the result and shall have it computed again
+            in backward (``prepare(..., recompute=True)``).
+
+    Raises:
+        RuntimeError: as ``torch.nn.Conv2d``; in backward where the weight or the step size has been changed
+            in place since.
+        NotImplementedError: a second derivative.
+
+    Example:
+        >>> import torchqat
+        >>> act = torchqat.nn.StaircaseReLU(bits=2)
+        >>> conv = torchqat.nn.QuantConv2d(8, 16, kernel_size=3)
+        >>> conv(act(torch.randn(1, 8, 5, 5))).shape
+        torch.Size([1, 16, 3, 3])
+    """
 
 
-class QuantLinear(_KeepsCodes, nn.Linear):
+class QuantLinear(nn.Linear):
+    """``torch.nn.Linear`` that keeps codes: what is said of :class:`QuantConv2d` holds. Inputs of two or three
+    dimensions, without gaps in memory; with others it is the plain layer.
+
+    Example:
+        >>> import torchqat
+        >>> net = nn.Sequential(torchqat.nn.StaircaseReLU(bits=1), torchqat.nn.QuantLinear(8, 3))
+        >>> net(torch.randn(4, 8)).shape
+        torch.Size([4, 3])
+    """
+
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
             return super().forward(input)
         return torch.ops.qat._linear(input, self.weight, self.bias)
 
 
-class QuantMaxPool2d(_KeepsCodes, nn.MaxPool2d):
+class QuantMaxPool2d(nn.MaxPool2d):
+    """``torch.nn.MaxPool2d`` that, of an input on the steps of a staircase, keeps the places of the maxima
+    alone, in the smallest integer type that holds them. Layers that read the result go on with the codes of
+    the staircase. Any other input, or ``return_indices``: the plain layer.
+
+    Example:
+        >>> import torchqat
+        >>> pool = torchqat.nn.QuantMaxPool2d(2)
+        >>> pool(torchqat.nn.StaircaseReLU(bits=1)(torch.randn(1, 1, 4, 4))).shape
+        torch.Size([1, 1, 2, 2])
+    """
+
     def forward(self, input: Tensor):
         if self.return_indices or torch.compiler.is_exporting():
             return super().forward(input)
@@ -58,3 +108,49 @@ class QuantMaxPool2d(_KeepsCodes, nn.MaxPool2d):
         return torch.ops.qat._max_pool2d(
             input, kernel_size, stride, _pair(self.padding), _pair(self.dilation), self.ceil_mode
         )
+
+
+class _QuantBatchNorm:
+    def forward(self, input: Tensor) -> Tensor:
+        tracks = self.training and self.track_running_stats and self.running_mean is not None
+        if not (tracks and self.affine) or torch.compiler.is_exporting():
+            return super().forward(input)
+        self._check_input_dim(input)
+        momentum = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:  # the mean over all batches
+                momentum = 1.0 / float(self.num_batches_tracked)
+        return torch.ops.qat._batch_norm(
+            input, self.weight, self.bias, self.running_mean, self.running_var, momentum or 0.0, self.eps
+        )
+
+
+class QuantBatchNorm1d(_QuantBatchNorm, nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d``; all that is said of :class:`QuantBatchNorm2d` holds."""
+
+
+class QuantBatchNorm2d(_QuantBatchNorm, nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` that, in training, does not keep an input that comes straight from a
+    :class:`QuantConv2d` with ``recompute``: it keeps the statistics of the batch, and backward computes the
+    convolution again, from the codes of *its* input. The running statistics are updated once, and the
+    gradients are those of the plain layers bit by bit. Any other input: the plain layer.
+
+    Example:
+        >>> import torchqat
+        >>> conv = torchqat.nn.QuantConv2d(3, 8, kernel_size=3, bias=False)
+        >>> conv.recompute = True
+        >>> torchqat.nn.QuantBatchNorm2d(8)(conv(torch.randn(2, 3, 5, 5))).shape
+        torch.Size([2, 8, 3, 3])
+    """
+
+
+#: The layer that takes the place of a torch one.
+QUANT_LAYERS = {
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Linear: QuantLinear,
+    nn.MaxPool2d: QuantMaxPool2d,
+    nn.BatchNorm1d: QuantBatchNorm1d,
+    nn.BatchNorm2d: QuantBatchNorm2d,
+}

@@ -1,0 +1,625 @@
+"""Layers that keep a staircase's codes: results and gradients are those of the plain layers, bit by bit."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+import torchqat
+from example_programs import imported
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torchqat.nn import QuantConv1d, QuantConv2d, QuantLinear, QuantMaxPool2d, StaircaseReLU
+from torchqat.nn.quant_layers import QUANT_LAYERS
+
+PLAIN = {quant: plain for plain, quant in QUANT_LAYERS.items()}
+
+
+def plain_twin(model):
+    """The same network of torch's own layers, beside staircases that keep two bits."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        module.__class__ = PLAIN.get(type(module), type(module))
+        if isinstance(module, StaircaseReLU):
+            module.save_codes = False
+    return model
+
+
+def results(model, *inputs, forward=None):
+    """The output and all gradients."""
+    model.zero_grad()
+    inputs = [v.detach().clone().requires_grad_() for v in inputs]
+    y = (forward or model)(*inputs)
+    (y.float() * torch.linspace(-1, 2, y.numel()).view(y.shape)).sum().backward()
+    return [
+        y.detach(),
+        *(v.grad for v in inputs),
+        *(p.grad for p in model.parameters() if p.grad is not None),
+    ]
+
+
+def kept(forward):
+    """The tensors that autograd saves in a forward pass, each piece of memory once."""
+    found = {}
+
+    def pack(tensor):
+        found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    return list(found.values()), result
+
+
+def bytes_kept(model, *inputs):
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    tensors, _ = kept(lambda: model(*inputs))
+    return sum(t.untyped_storage().nbytes() for t in tensors if t.untyped_storage().data_ptr() not in own)
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for s, t in zip(a, b, strict=True):
+        torch.testing.assert_close(s, t, rtol=0, atol=0, equal_nan=True)
+        assert s.stride() == t.stride()
+
+
+def assert_as_plain(model, *inputs, forward=None):
+    twin = plain_twin(model)
+    there = None if forward is None else lambda *v: forward(twin, *v)
+    here = None if forward is None else lambda *v: forward(model, *v)
+    assert_same(results(model, *inputs, forward=here), results(twin, *inputs, forward=there))
+
+
+def staircase(bits=2, **options):
+    return StaircaseReLU(bits, alpha_init=0.4, **options)
+
+
+def block(bits=2, **options):
+    """A staircase between two convolutions."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), staircase(bits, **options), QuantConv2d(4, 5, 3))
+
+
+def images(*shape):
+    return torch.randn(shape or (2, 3, 9, 8))
+
+
+# ------------------------------------------------------------------------------------------- whole networks
+
+NETWORKS = {
+    "lenet5": (1, 16, 0.25),
+    "vgg11": (3, 16, 0.125),
+    "resnet20": (3, 16, 0.5),
+    "resnet18": (3, 64, 0.0625),
+    "mobilenet": (3, 16, 0.25),
+}
+
+
+@pytest.fixture
+def network(monkeypatch):
+    def make(name):
+        channels, size, width = NETWORKS[name]
+        with imported("models", monkeypatch) as models:
+            return models.MODELS[name](channels, size, 10, width), torch.randn(4, channels, size, size)
+
+    return make
+
+
+def train(model, x, steps):
+    """Outputs and losses of a W1 training run, and the state in the end."""
+    optimizer = torchqat.optim.BCGD(torchqat.optim.param_groups(model, 1), lr=0.01, momentum=0.9)
+    target = torch.arange(len(x)) % 10
+    seen = []
+    for step in range(steps):
+        y = model(x.roll(step, -1))
+        loss = F.cross_entropy(y.float(), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen += [y.detach().clone(), loss.detach().clone()]
+    return seen + [t.clone() for t in model.state_dict().values()]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_train_as_plain_ones_bit_by_bit(network, name, dtype, channels_last):
+    model, x = network(name)
+    x = x.to(dtype)
+    if channels_last:
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    model = torchqat.prepare(model.to(dtype), 2, recompute=True)
+    assert any(isinstance(m, QuantConv2d) for m in model.modules())
+    twin = plain_twin(model)
+    without = copy.deepcopy(model)
+    for module in without.modules():
+        module.recompute = False
+    expected = results(copy.deepcopy(twin), x)
+    assert_same(results(copy.deepcopy(model), x), expected)
+    assert_same(results(copy.deepcopy(without), x), expected)
+    expected = train(twin, x, 20)
+    assert not torch.equal(expected[0], expected[38])
+    assert_same(train(without, x, 20), expected)
+    assert_same(train(model, x, 20), expected)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 7, 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_width_and_dtype(bits, dtype):
+    model = block(bits, channels=4).to(dtype)
+    with torch.no_grad():
+        model[1].alpha.copy_(torch.tensor([0.1, 0.3, 0.5, 0.7]) / 2**bits)
+    assert_as_plain(model, images().to(dtype))
+    states = 2**bits + 1  # and one for NaN
+    width = next(w for w in (1, 2, 4, 8, 16) if 2**w >= states)
+    tensors, _ = kept(lambda: model(images().to(dtype)))
+    elements = 2 * 4 * 7 * 6
+    assert [t.numel() for t in tensors if t.dtype == torch.uint8] == [elements * width // 8]
+    assert not any(t.numel() == elements for t in tensors if t.is_floating_point())
+
+
+@pytest.mark.parametrize("alpha_grad", ["exact", "three_valued", "min", "pact"])
+@pytest.mark.parametrize("ste", torchqat.functional.ste_names())
+def test_every_estimator_and_rule(ste, alpha_grad):
+    assert_as_plain(block(3, ste=ste, alpha_grad=alpha_grad), images())
+
+
+# ---------------------------------------------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (QuantConv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=False), (2, 4, 9, 8)),
+        (QuantConv2d(4, 8, 3, groups=4), (2, 4, 9, 8)),
+        (QuantConv2d(4, 6, (3, 2), dilation=(1, 2), padding="same"), (2, 4, 9, 8)),
+        (QuantConv2d(4, 6, 2, padding="same"), (2, 4, 9, 8)),
+        (QuantConv2d(4, 6, 3, padding="valid"), (2, 4, 9, 8)),
+        (QuantConv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 9, 8)),
+        (QuantConv2d(4, 6, 3), (4, 9, 8)),
+        (QuantConv2d(4, 6, 1), (0, 4, 9, 8)),
+        (QuantConv1d(4, 6, 3, stride=2, groups=2), (2, 4, 9)),
+        (QuantConv1d(4, 6, 3), (4, 9)),
+        (QuantLinear(8, 5), (3, 8)),
+        (QuantLinear(8, 5, bias=False), (2, 3, 8)),
+        (QuantLinear(8, 5), (2, 3, 8)),
+        (QuantLinear(8, 5), (2, 2, 3, 8)),
+        (QuantLinear(8, 5), (8,)),
+        (QuantLinear(8, 5), (1, 8)),
+        (QuantLinear(1, 1), (4, 1)),
+        (QuantLinear(8, 5), (0, 8)),
+        (QuantMaxPool2d(2), (2, 4, 9, 8)),
+        (QuantMaxPool2d(3, stride=2, padding=1, ceil_mode=True), (2, 4, 9, 8)),
+        (QuantMaxPool2d((2, 3), dilation=2), (2, 4, 9, 8)),
+        (QuantMaxPool2d(2), (4, 9, 8)),
+    ],
+    ids=lambda v: repr(v),
+)
+def test_layers_are_the_plain_ones(layer, shape):
+    model = nn.Sequential(staircase(), layer)
+    assert_as_plain(model, torch.randn(shape))
+    assert_as_plain(nn.Sequential(layer), torch.randn(shape))  # not behind a staircase
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.ones(shape)), plain_twin(model)(torch.ones(shape)))
+
+
+def test_frozen_weights_and_inputs():
+    model = block()
+    model[2].weight.requires_grad_(False)
+    assert_as_plain(model, images())
+    model = nn.Sequential(staircase(), QuantConv2d(3, 4, 3))
+    model[0].alpha.requires_grad_(False)
+    model(images()).sum().backward()
+    assert model[1].weight.grad is not None and model[0].alpha.grad is None
+
+
+def test_one_copy_serves_all_that_read():
+    act, first, second, third = staircase(), QuantConv2d(3, 4, 3), QuantConv2d(3, 4, 1), QuantMaxPool2d(2)
+    x = images().requires_grad_()
+    tensors, _ = kept(lambda: (lambda y: (first(y), second(y), first(third(y))))(act(x)))
+    assert sorted(t.dtype != torch.uint8 for t in tensors if t.numel() > 200) == [False]
+
+
+def test_views_of_the_activation_are_read_as_codes():
+    views = {
+        "slice": lambda y: y[:, 1:, ::2, 1:],
+        "transpose": lambda y: y.transpose(2, 3),
+        "reshape": lambda y: y.reshape(2, 4, 7, 6),
+        "split": lambda y: y.split(2, dim=2)[1],
+        "of a view": lambda y: y.view(2, 4, 42).view(2, 4, 6, 7).permute(0, 1, 3, 2),
+    }
+    for view in views.values():
+        y = view(torch.zeros(2, 4, 7, 6))
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), staircase(), QuantConv2d(y.shape[1], 5, 2))
+
+        def forward(net, x, view=view):
+            return net[2](view(net[1](net[0](x))))
+
+        assert_as_plain(model, images(), forward=forward)
+        tensors, _ = kept(lambda model=model, forward=forward: forward(model, images()))
+        assert not {y.numel(), 2 * 4 * 7 * 6} & {t.numel() for t in tensors if t.is_floating_point()}
+
+
+def test_flatten_between():
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3), staircase(), QuantMaxPool2d(2), nn.Flatten(), QuantLinear(36, 5)
+        )
+        assert_as_plain(model, images().to(memory_format=memory_format))
+
+
+def test_max_pooling_keeps_places_in_the_smallest_type():
+    for side, dtype in ((16, torch.uint8), (17, torch.int16), (181, torch.int16), (182, torch.int32)):
+        model = nn.Sequential(staircase(), QuantMaxPool2d(2))
+        assert_as_plain(model, torch.randn(1, 2, side, side))
+        tensors, y = kept(lambda model=model, side=side: model(torch.randn(1, 2, side, side)))
+        assert dtype in {t.dtype for t in tensors if t.numel() == y.numel()}
+        assert not any(t.is_floating_point() and t.numel() > 1 for t in tensors)
+
+
+def test_max_pooling_of_nan_and_ties():
+    x = torch.randn(2, 3, 8, 8)
+    x[0, 0, :3] = float("nan")
+    x[1, 2] = 5.0
+    model = nn.Sequential(staircase(), QuantMaxPool2d(3, stride=2), QuantConv2d(3, 2, 2))
+    assert_as_plain(model, x)
+
+
+def test_what_is_not_a_number_goes_the_same_way():
+    x = images()
+    x[0, 1, 2, 3], x[1, 0, 0, 0], x[1, 1, 0, 0] = float("nan"), float("inf"), -float("inf")
+    assert_as_plain(nn.Sequential(staircase(4), QuantConv2d(3, 4, 3)), x)
+    model = nn.Sequential(staircase(4, channels=3, alpha_min=1e-30), QuantConv2d(3, 4, 3))
+    with torch.no_grad():
+        model[0].alpha.copy_(torch.tensor([1.0, 1e-20, 0.5]))
+    x[0, 2] = 1e-44
+    assert_as_plain(model, x)
+
+    def without_a_step(net, v):
+        return net[1](torchqat.functional.staircase_relu(v, torch.tensor(0.0), 2, save_codes=True))
+
+    assert_as_plain(nn.Sequential(nn.Identity(), QuantConv2d(3, 4, 3)), x, forward=without_a_step)
+
+
+# ------------------------------------------------------------------------------- what may not go wrong silently
+
+
+def op_level(alpha, conv, x):
+    return conv(torchqat.functional.staircase_relu(x, alpha, 2, save_codes=True))
+
+
+def test_a_step_size_changed_in_place_is_caught():
+    alpha, conv = torch.tensor(0.4, requires_grad=True), QuantConv2d(3, 4, 3)
+    y = op_level(alpha, conv, images())
+    with torch.no_grad():
+        alpha.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_weight_changed_in_place_is_caught():
+    model = block()
+    y = model(images())
+    with torch.no_grad():
+        model[2].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_activation_that_something_has_written_into(grad):
+    def forward(net, x):
+        y = net[1](net[0](x))
+        with torch.set_grad_enabled(grad):
+            y[:, 0].mul_(1.7)
+        return net[2](y)
+
+    assert_as_plain(block(), images(), forward=forward)
+
+
+def test_an_activation_written_into_after_it_was_read():
+    """The plain layer, whose saved input has changed, raises; the codes are still those of what was read."""
+
+    def forward(net, x):
+        y = net[1](net[0](x))
+        z = net[2](y)
+        with torch.no_grad():
+            y.mul_(3)
+        return z
+
+    model = block()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        results(plain_twin(model), images(), forward=lambda x: forward(plain_twin(model), x))
+    x = images()
+    assert_same(results(model, x, forward=lambda v: forward(model, v)), results(plain_twin(model), x))
+
+
+def test_a_hook_that_replaces_the_activation():
+    model = block()
+    model[1].register_forward_hook(lambda module, inputs, y: y * 1.5)
+    assert_as_plain(model, images())
+    model = block()
+    model[2].register_forward_pre_hook(lambda module, inputs: inputs[0] + 0.01)
+    assert_as_plain(model, images())
+
+
+def test_staircases_of_several_widths_before_one_layer():
+    model = nn.Sequential(staircase(2), staircase(4), QuantConv2d(3, 4, 3))
+
+    def forward(net, x):
+        narrow, wide = net[0](x), net[1](x * 2)
+        return net[2](narrow) + net[2](wide) * net[2](narrow + wide)
+
+    assert_as_plain(model, images(), forward=forward)
+
+
+def test_dropout_between():
+    model = nn.Sequential(staircase(), nn.Dropout(0.5), QuantConv2d(3, 4, 3))
+
+    def forward(net, x):
+        torch.manual_seed(3)
+        return net(x)
+
+    assert_as_plain(model, images(), forward=forward)
+    assert_as_plain(model.eval(), images(), forward=forward)
+
+
+def test_without_codes_it_is_the_plain_layer():
+    model = block(save_codes=False)
+    assert_as_plain(model, images())
+    assert bytes_kept(model, images()) == bytes_kept(plain_twin(model), images())
+
+
+def test_wrong_arguments_raise_as_in_torch():
+    model = block()
+    with pytest.raises(RuntimeError, match="expected input.* to have 3 channels"):
+        model(torch.randn(2, 4, 9, 8))
+    with pytest.raises(RuntimeError):
+        nn.Sequential(staircase(), QuantConv2d(3, 4, 3).double())(images())
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        nn.Sequential(staircase(), QuantLinear(3, 4))(torch.randn(2, 4))
+
+
+# ------------------------------------------------------------------------------------- graphs and their memory
+
+
+def test_backward_twice_needs_the_graph():
+    model, x = block(), images().requires_grad_()
+    loss = model(x).sum()
+    first = torch.autograd.grad(loss, x, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(loss, x)[0], first[0])
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "layer, shape, name",
+    [
+        (QuantConv2d(3, 4, 3), (2, 3, 9, 8), "convolution"),
+        (QuantLinear(8, 4), (2, 8), "linear"),
+        (QuantMaxPool2d(2), (2, 3, 9, 8), "max_pool2d"),
+    ],
+)
+def test_second_derivatives_are_refused(layer, shape, name):
+    x = torch.randn(shape, requires_grad=True)
+    y = layer(staircase()(x)).square().sum()
+    (grad,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
+        grad.sum().backward()
+    if list(layer.parameters()):
+        y = layer(staircase()(x)).square().sum()
+        (grad,) = torch.autograd.grad(y, layer.weight, create_graph=True)
+        with pytest.raises(NotImplementedError, match=f"{name}: second derivatives"):
+            grad.sum().backward()
+
+
+def test_codes_go_with_the_graph():
+    model, x = block(), images()
+    y = model[1](model[0](x))
+    codes = weakref.ref(kept(lambda: model[2](y))[0][0])
+    gc.collect()
+    assert codes() is not None  # y is here still
+    z = model[2](y)
+    del y
+    z.sum().backward()
+    del z
+    gc.collect()
+    assert codes() is None or codes().dtype != torch.uint8
+
+
+def checkpointed(**options):
+    return lambda net, x: checkpoint(net, x, **options)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        checkpointed(use_reentrant=False),
+        checkpointed(use_reentrant=True),
+        lambda net, x: checkpoint(net[2:], net[:2](x), use_reentrant=False),
+        lambda net, x: net[2:](checkpoint(net[:2], x, use_reentrant=False)),
+        lambda net, x: net[3:](checkpoint(net[1:3], net[:1](x), use_reentrant=False)),
+        lambda net, x: checkpoint(lambda v: net[2:](net[:2](v)), x, use_reentrant=False),
+    ],
+    ids=["whole", "reentrant", "tail", "head", "middle", "function"],
+)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_checkpointing(forward, recompute):
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    )
+    model = nn.Sequential(*model, nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 2))
+    assert_as_plain(torchqat.prepare(model, 2, recompute=recompute), images(), forward=forward)
+
+
+def test_saved_tensors_may_be_elsewhere():
+    def forward(net, x):
+        with torch.autograd.graph.save_on_cpu():
+            return net(x)
+
+    assert_as_plain(block(), images(), forward=forward)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_autocast(network, dtype, recompute):
+    model, x = network("lenet5")
+    model = torchqat.prepare(model, 2, recompute=recompute)
+
+    def forward(net, v):
+        with torch.autocast("cpu", dtype):
+            return net(v)
+
+    assert_as_plain(model, x, forward=forward)
+    with torch.autocast("cpu", dtype):
+        assert bytes_kept(model, x) < 0.75 * bytes_kept(plain_twin(model), x)  # with the weights' copies
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compile(network, backend, recompute):
+    """One graph; bit by bit what compiling the plain network gives."""
+    torch._dynamo.reset()
+    model, x = network("lenet5")
+    model = torchqat.prepare(model, 2, recompute=recompute)
+    twin = plain_twin(model)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    expected = torch.compile(twin, backend=backend, fullgraph=True)
+    assert_same(results(model, x, forward=compiled), results(twin, x, forward=expected))
+    with torch.no_grad():
+        torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
+
+
+def test_a_compiled_network_keeps_codes():
+    torch._dynamo.reset()
+    model = block(1)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    tensors, _ = kept(lambda: compiled(images()))
+    elements = 2 * 4 * 7 * 6
+    assert any(t.dtype == torch.uint8 and t.numel() == elements // 4 for t in tensors)
+    assert not any(t.is_floating_point() and t.numel() == elements for t in tensors)
+
+
+def test_compiled_autograd(network):
+    torch._dynamo.reset()
+    model, x = network("lenet5")
+    model = torchqat.prepare(model, 2, recompute=True)
+    twin = plain_twin(model)
+    loss = F.cross_entropy(model(x), torch.arange(4))
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        loss.backward()
+    F.cross_entropy(twin(x), torch.arange(4)).backward()
+    assert_same([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
+
+
+def test_func_transforms():
+    model, x = block().eval(), images()
+
+    def grads(net):
+        def loss(params, image):
+            return torch.func.functional_call(net, params, (image[None],)).square().sum()
+
+        params = dict(net.named_parameters())
+        one = torch.func.grad(loss)(params, x[0])
+        return one, torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x)
+
+    torch.testing.assert_close(grads(model), grads(plain_twin(model)))
+
+
+def test_export_has_torchs_own_layers():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 2)
+    )
+    model = torchqat.prepare(nn.Sequential(*model, nn.Flatten(), nn.Linear(20, 2)), 2, recompute=True).eval()
+    program = torch.export.export(model, (images(),))
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {t for t in targets if t.startswith("qat.")} <= {
+        "qat.staircase_relu.default",
+        "qat._bounded_alpha.default",
+    }
+
+
+def test_distributed_data_parallel(tmp_path):
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        model = block()
+        twin = plain_twin(model)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        x = images()
+        assert_same(results(model, x, forward=parallel), results(twin, x))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# -------------------------------------------------------------------------------------------------- recomputing
+
+
+def normalized(recompute=True, norm=None):
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), norm or nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3)
+    )
+    model = nn.Sequential(*model, nn.BatchNorm2d(5), nn.ReLU())
+    return torchqat.prepare(model, 2, recompute=recompute)
+
+
+def test_running_statistics_move_once_and_random_state_stays():
+    model, x = normalized(), images()
+    twin = plain_twin(model)
+    before = torch.random.get_rng_state()
+    assert_same(results(model, x), results(twin, x))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert_same(list(model.state_dict().values()), list(twin.state_dict().values()))
+    assert model[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(4, momentum=None),
+        nn.BatchNorm2d(4, affine=False),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.BatchNorm2d(4, momentum=0.0),
+        nn.GroupNorm(2, 4),
+    ],
+    ids=repr,
+)
+def test_every_kind_of_normalization(norm):
+    model, x = normalized(norm=norm), images()
+    twin = plain_twin(model)
+    for _ in range(2):
+        assert_same(results(model, x), results(twin, x))
+    assert_same(list(model.state_dict().values()), list(twin.state_dict().values()))
+    assert_same(results(model.eval(), x), results(twin.eval(), x))
+
+
+def test_a_recomputed_block_keeps_codes_and_statistics_alone():
+    model, x = normalized(), images(2, 3, 20, 20)
+    tensors, y = kept(lambda: model(x))
+    floats = [t for t in tensors if t.is_floating_point() and t.numel() > 4 * 5 * 9]
+    assert [t.data_ptr() for t in floats] == [x.data_ptr()]
+    codes = [t for t in tensors if t.dtype == torch.uint8 and t.numel() > 0]
+    assert sorted(t.numel() for t in codes) == sorted([2 * 4 * 18 * 18 // 2, y.numel() // 4])
+
+
+# -------------------------------------------------------------------------------------------------- as modules
+
+
+def test_a_layer_of_torch_becomes_ours_and_back():
+    conv = nn.Conv2d(3, 4, 3)
+    handle = conv.register_forward_hook(lambda module, inputs, y: None)
+    weight, state = conv.weight, conv.state_dict()
+    conv.__class__ = QuantConv2d
+    assert conv.weight is weight and repr(conv) == repr(nn.Conv2d(3, 4, 3)).replace("Conv2d", "QuantConv2d")
+    nn.Conv2d(3, 4, 3).load_state_dict(conv.state_dict())
+    conv.load_state_dict(state)
+    handle.remove()
+
+
+def test_copies_and_pickles():
+    model, x = block(), images()
+    assert_same(results(copy.deepcopy(model), x), results(model, x))
+    assert_same(results(pickle.loads(pickle.dumps(model)), x), results(model, x))

@@ -383,6 +383,16 @@ def test_wrong_arguments_raise_as_in_torch():
         nn.Sequential(staircase(), QuantLinear(3, 4))(torch.randn(2, 4))
 
 
+def test_the_private_operators_read_no_more_than_they_are_given():
+    few, alpha = torch.zeros(7, dtype=torch.uint8), torch.tensor(0.4)
+    with pytest.raises(ValueError, match="_staircase_relu_rebuild: what is kept must be 8 contiguous bytes"):
+        torch.ops.qat._staircase_relu_rebuild(few, alpha, [16], [1], torch.float32, 2, 1)
+    with pytest.raises(ValueError, match="_staircase_relu_backward: what is kept must be 4 contiguous bytes"):
+        torch.ops.qat._staircase_relu_backward(
+            torch.ones(16), few, alpha, [16], [1], 2, "relu", "min", 1, False
+        )
+
+
 # ------------------------------------------------------------------------------------- graphs and their memory
 
 

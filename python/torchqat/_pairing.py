@@ -96,6 +96,8 @@ class _Walk:
             return self._in_order(path, module, first)
         if isinstance(module, (*READERS, *POOLS)):
             self.edges.foreign[path] = f"{kind.__name__} is a class of its own"
+        if isinstance(module, torch.jit.ScriptModule):
+            return Other(f"the output of {path or kind.__name__}, which is TorchScript")
         if kind.__module__.startswith("torch.nn.") or not any(True for _ in module.children()):
             return Other(f"the output of {path} ({kind.__name__})")
         try:

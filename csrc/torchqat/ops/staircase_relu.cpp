@@ -234,8 +234,17 @@ std::tuple<at::Tensor, at::Tensor> staircase_relu_forward_meta(const at::Tensor&
   return {at::empty_like(x), at::empty_symint({bytes}, x.options().dtype(at::kByte))};
 }
 
+static void check_kept(std::string_view op, const at::Tensor& kept, c10::SymIntArrayRef size, int code_bits) {
+  const auto bytes = math::code_bytes(c10::multiply_integers(size), code_bits);
+  TORCH_CHECK_VALUE(kept.scalar_type() == at::kByte && kept.is_contiguous() && kept.sym_numel() == bytes, op,
+                    ": what is kept must be ", bytes, " contiguous bytes for size ", size, ", got ",
+                    kept.sym_numel(), " of ", kept.scalar_type());
+}
+
 at::Tensor staircase_relu_rebuild_meta(const at::Tensor& codes, const at::Tensor&, c10::SymIntArrayRef size,
-                                       c10::SymIntArrayRef stride, at::ScalarType dtype, int64_t, int64_t) {
+                                       c10::SymIntArrayRef stride, at::ScalarType dtype, int64_t bits,
+                                       int64_t) {
+  check_kept("_staircase_relu_rebuild", codes, size, kept_bits(bits, /*codes=*/true));
   return at::empty_strided_symint(size, stride, codes.options().dtype(dtype));
 }
 
@@ -243,10 +252,11 @@ at::Tensor staircase_relu_rebuild_meta(const at::Tensor& codes, const at::Tensor
 // it traces.
 std::tuple<at::Tensor, at::Tensor> staircase_relu_backward_meta(
     const at::Tensor& grad, const at::Tensor& saved, const at::Tensor& alpha, c10::SymIntArrayRef size,
-    c10::SymIntArrayRef stride, int64_t, std::string_view, std::string_view, int64_t, bool) {
+    c10::SymIntArrayRef stride, int64_t bits, std::string_view, std::string_view, int64_t, bool codes) {
   TORCH_CHECK_VALUE(saved.device() == grad.device() && alpha.device() == grad.device(),
                     "_staircase_relu_backward: grad, saved and alpha must be on one device, got ",
                     grad.device(), ", ", saved.device(), " and ", alpha.device());
+  if (!saved.is_floating_point()) check_kept("_staircase_relu_backward", saved, size, kept_bits(bits, codes));
   return {at::empty_strided_symint(size, stride, grad.options()), at::empty_like(alpha)};
 }
 

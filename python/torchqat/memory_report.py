@@ -102,6 +102,7 @@ def memory_report(model: nn.Module, example_input: Tensor | tuple) -> MemoryRepo
     if not isinstance(model, nn.Module):
         raise TypeError(f"memory_report: model must be a torch.nn.Module, got {type(model).__name__}")
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     ours = _kept(copy.deepcopy(model), arguments)
     floats = _kept(_float_twin(model), arguments)

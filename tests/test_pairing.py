@@ -1,0 +1,322 @@
+"""prepare finds the layers that read staircases; memory_report counts what it saves."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchqat
+from example_programs import imported
+from torch import nn
+from torch.nn import functional as F
+from torchqat.nn import QuantBatchNorm2d, QuantConv2d, QuantLinear, QuantMaxPool2d, StaircaseReLU
+
+
+def report_of(model, bits=2, **options):
+    return torchqat.prepare(model, bits, **options).prepare_report
+
+
+def test_a_sequence():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 5, 2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.0),
+        nn.Linear(20, 6),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(6, 2),
+    )
+    before = dict(model.named_parameters())
+    report = report_of(model)
+    assert report.paired == ["2 -> 3", "2 -> 4", "5 -> 8"]
+    assert report.not_paired == ["0: it reads the model's input", "11: it reads the output of 10 (Dropout)"]
+    kinds = [type(model[i]) for i in (0, 3, 4, 8, 11)]
+    assert kinds == [nn.Conv2d, QuantMaxPool2d, QuantConv2d, QuantLinear, nn.Linear]
+    assert [model[i].save_codes for i in (2, 5, 9)] == [True, True, False]
+    assert all(value is dict(model.named_parameters())[name] for name, value in before.items())
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
+        self.beside, self.act = nn.Conv2d(3, 3, 1), nn.ReLU()
+
+    def forward(self, x):
+        y = self.second(self.act(self.first(x)))
+        return self.act(y + self.beside(x) + x)
+
+
+def test_blocks_with_shortcuts():
+    model = nn.Sequential(
+        nn.ReLU(), Residual(), Residual(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)
+    )
+    report = report_of(model)
+    assert sorted(report.paired) == sorted(
+        [
+            "0 -> 1.first",
+            "0 -> 1.beside",
+            "1.act -> 1.second",
+            "1.act_1 -> 2.first",
+            "1.act_1 -> 2.beside",
+            "2.act -> 2.second",
+        ]
+    )
+    assert report.not_paired == ["5: it reads the output of 3 (AdaptiveAvgPool2d)"]
+    assert not model[2].act_1.save_codes
+
+
+class Functional(nn.Module):
+    """What lies between is written as functions and methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear, self.last = nn.Conv2d(3, 4, 3), nn.Linear(64, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = F.relu(self.conv(F.relu(x)))
+        x = F.dropout(torch.flatten(x.contiguous().view(2, 4, 16, 1), 1), 0.5, training=False)
+        return self.last(F.relu(self.linear(x)) * 2)
+
+
+def test_functions_between():
+    model = Functional()
+    report = report_of(model)
+    assert report.paired == ["relu -> conv", "relu_1 -> linear"]
+    assert report.not_paired == ["last: it reads the result of mul"]
+    model(torch.randn(2, 3, 6, 6)).sum().backward()
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 3, 1), nn.ReLU()
+
+    def forward(self, x, y):
+        return self.conv(y), self.act(x)
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act, self.inner, self.conv = nn.ReLU(), TwoInputs(), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        first, second = self.inner(x, self.act(x))
+        return self.conv(second) + first
+
+
+def test_several_inputs_and_outputs():
+    report = report_of(Outer())
+    assert report.paired == ["act -> inner.conv"]
+    assert report.not_paired == ["conv: it reads the result of getitem"]
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act, self.conv = nn.ReLU(), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        if x.sum() > -1e9:
+            x = self.conv(self.act(x))
+        return x
+
+
+def test_what_does_not_trace_is_taken_in_order():
+    model = nn.Sequential(Untraceable(), nn.Conv2d(3, 3, 1))
+    report = report_of(model)
+    (pair,) = report.paired
+    assert pair.startswith("0.act -> 0.conv (assumed: 0 does not trace: TraceError")
+    assert report.not_paired == ["1: it reads the output of 0, which does not trace"]
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+
+
+def test_a_module_called_from_two_places():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act, self.conv = nn.ReLU(), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return self.conv(self.act(self.conv(x)))
+
+    model = Shared()
+    report = report_of(model)
+    assert report.paired == [] and report.not_paired == ["conv: it reads the model's input"]
+    assert type(model.conv) is nn.Conv2d and not model.act.save_codes
+
+
+def test_excluded_and_foreign_layers_are_left_alone():
+    class Own(nn.Conv2d):
+        pass
+
+    model = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 1), Own(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
+    report = report_of(model, exclude=["1"])
+    assert report.paired == ["3 -> 4"]
+    assert report.not_paired == ["2: Own is a class of its own", "1: it is excluded"]
+    assert [type(model[i]) for i in (1, 2, 4)] == [nn.Conv2d, Own, QuantConv2d]
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1))
+    model = nn.Sequential(nn.ReLU(), parametrized)
+    assert report_of(model).not_paired == ["1: ParametrizedConv2d is a class of its own"]
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+
+
+def test_twice_changes_nothing():
+    model = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1))
+    first = report_of(model, recompute=True)
+    second = report_of(model, recompute=True)
+    assert first.paired == second.paired
+    assert "1 -> 2: computed again in backward" in first.paired
+    assert isinstance(model[2], QuantBatchNorm2d) and model[1].recompute and not model[4].recompute
+
+
+def test_recomputing_needs_codes():
+    with pytest.raises(ValueError, match="recompute=True .* must not go with save_codes=False"):
+        torchqat.prepare(nn.Sequential(nn.ReLU()), recompute=True, save_codes=False)
+    model = torchqat.prepare(nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 1)), save_codes=False)
+    assert type(model[1]) is nn.Conv2d and not model[0].save_codes and model.prepare_report.paired == []
+
+
+def test_recomputing_convolutions_that_others_read_too():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act, self.conv, self.norm = nn.ReLU(), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            y = self.conv(self.act(x))
+            return self.norm(y) * y
+
+    model, x = Both(), torch.randn(2, 3, 4, 4)
+    torchqat.prepare(model, 2, recompute=True)
+    twin = torchqat.prepare(copy.deepcopy(model), 2)
+    twin.conv.__class__, twin.norm.__class__ = nn.Conv2d, nn.BatchNorm2d
+    for net in (model, twin):
+        net(x).square().sum().backward()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+
+def counted(model, x):
+    """The bytes that autograd saves, counted as in no other place."""
+    own = [t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())]
+    saved = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            saved[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = model(x)
+    return sum(size for size, _ in saved.values()), y
+
+
+@pytest.fixture
+def models(monkeypatch):
+    with imported("models", monkeypatch) as module:
+        yield module.MODELS
+
+
+@pytest.mark.parametrize("bits, most, least", [(2, 0.65, 0.15), (4, 0.65, 0.15)])
+@pytest.mark.parametrize("name, size", [("resnet20", 32), ("resnet18", 32), ("resnet18", 224)])
+def test_a_quantized_network_keeps_less_than_the_float_one(models, name, size, bits, most, least):
+    """At most 0.65 of the float network's bytes, recomputing at most 0.15; the report says what is counted."""
+    network, x = models[name](3, size, 10), torch.randn(2, 3, size, size)
+    floats = copy.deepcopy(network)
+    for module in floats.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = True
+    expected, _ = counted(floats, x)
+    for recompute, bound in ((False, most), (True, least)):
+        model = torchqat.prepare(copy.deepcopy(network), bits, recompute=recompute)
+        report = torchqat.memory_report(model, x)
+        ours, _ = counted(model, x)
+        assert (report.bytes, report.float_bytes) == (ours, expected)
+        assert report.ratio == ours / expected <= bound
+
+
+def test_the_report_is_a_table_and_leaves_the_model_alone():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(4, 2, 3)
+    )
+    torchqat.prepare(model, 2).eval()
+    state, x = copy.deepcopy(model.state_dict()), torch.randn(2, 3, 10, 10)
+    random, classes = torch.random.get_rng_state(), [type(module) for module in model]
+    report = torchqat.memory_report(model, x)
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["layer", "kind", "float,", "KiB", "this,", "KiB"]
+    assert [line.split()[0] for line in lines[1:-1]] == [layer.name for layer in report.layers]
+    assert lines[-1].endswith(f"= {report.ratio:.3f} of the float network")
+    assert len({len(line) for line in lines[:-1]}) == 1
+    assert not model.training and [type(module) for module in model] == classes
+    assert torch.equal(torch.random.get_rng_state(), random)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
+
+
+def test_the_report_takes_several_arguments_and_a_single_staircase():
+    x = torch.randn(64, 100, requires_grad=True)
+    report = torchqat.memory_report(nn.Sequential(nn.Linear(100, 100), StaircaseReLU(2, save_codes=False)), x)
+    assert (report.layers[1].float_bytes, report.layers[1].bytes) == (25600, 1600 + 4)
+    assert torchqat.memory_report(StaircaseReLU(1), x).bytes == 1600 + 4
+    report = torchqat.memory_report(torchqat.prepare(TwoInputs(), 2), (torch.randn(1, 3, 8, 8),) * 2)
+    assert {layer.name for layer in report.layers} == {"act", "conv"}
+    with torch.no_grad():
+        assert torchqat.memory_report(StaircaseReLU(2), torch.randn(64, 100)).bytes > 0
+    with pytest.raises(TypeError, match="memory_report: model must be a torch.nn.Module, got int"):
+        torchqat.memory_report(3, torch.randn(2))
+
+
+RESIDENT = """
+import sys, torch, meters, torchqat
+sys.path.insert(0, sys.argv[1])
+import models
+torch.set_num_threads(1)
+kind, name, size, batch = sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+model = models.MODELS[name](3, size, 10, 0.5)
+if kind == "float":
+    for module in model.modules():
+        if isinstance(module, torch.nn.ReLU):
+            module.inplace = True
+else:
+    torchqat.prepare(model, 2, recompute=kind == "recompute")
+x = torch.randn(batch, 3, size, size)
+def forward():
+    return model(x).sum()
+forward().backward()  # gradients, and what libraries prepare
+print(meters.peak_bytes(lambda: forward().backward(), "cpu") or -1)
+print(torchqat.memory_report(model, x).bytes)
+"""
+
+
+@pytest.mark.parametrize("name, size, batch", [("resnet20", 32, 64), ("resnet18", 224, 4)])
+def test_resident_memory_confirms_it(name, size, batch):
+    """The peak of a training step in a process of its own."""
+    root = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(root / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    peaks = {}
+    for kind in ("float", "codes", "recompute"):
+        command = [sys.executable, "-c", RESIDENT, str(root / "examples"), kind, name, str(size), str(batch)]
+        env = {**os.environ, "PYTHONPATH": paths}
+        result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        peaks[kind] = [int(word) for word in result.stdout.split()]
+    if peaks["float"][0] < 0:
+        pytest.skip("this kernel does not tell the peak of resident memory")
+    peak, counted_bytes = ({kind: values[i] for kind, values in peaks.items()} for i in range(2))
+    saved = counted_bytes["float"] - counted_bytes["codes"]
+    assert abs(peak["float"] - peak["codes"] - saved) < 0.15 * saved
+    assert peak["codes"] < 0.7 * peak["float"]
+    assert peak["recompute"] < 0.5 * peak["float"]  # what a layer's backward pass takes for itself included

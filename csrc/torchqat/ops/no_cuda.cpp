@@ -12,6 +12,8 @@ constexpr const char* kOperators[] = {
     "staircase_codes",
     "quantize_weight",
     "weight_codes",
+    "pack_codes",
+    "unpack_codes",
     "bcgd_step_",
     "_staircase_relu_forward",
     "_staircase_relu_backward",

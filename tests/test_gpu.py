@@ -46,6 +46,16 @@ def codes(dtype):
     return Case([x, torch.tensor(0.3)], lambda inputs: [F.staircase_codes(*inputs, 4)])
 
 
+def packing(bits):
+    codes = torch.randint(0, 2**bits, (70_001,), dtype=torch.uint8)
+
+    def run(inputs):
+        packed = F.pack_codes(inputs[0], bits)
+        return [packed, F.unpack_codes(packed, bits, [70_001])]
+
+    return Case([codes], run)
+
+
 def weights(bits, method="exact", channel_dim=None):
     def run(inputs):
         quantized, scale = F.quantize_weight(inputs[0], bits, method=method, channel_dim=channel_dim)
@@ -91,6 +101,7 @@ CASES = {
     },
     "staircase_relu-channels": lambda: staircase(torch.float32, "clipped_relu", channels=8),
     "staircase_codes": lambda: codes(torch.float32),
+    **{f"pack_codes-{bits}": lambda bits=bits: packing(bits) for bits in (1, 2, 4, 8)},
     **{f"quantize_weight-{bits}": lambda bits=bits: weights(bits) for bits in (1, 2, 3, 4, 8)},
     "quantize_weight-channels": lambda: weights(4, channel_dim=0),
     "quantize_weight-lloyd": lambda: weights(4, "lloyd"),

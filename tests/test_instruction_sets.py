@@ -82,7 +82,7 @@ def python(capability, *arguments):
 @pytest.mark.parametrize("capability", LESSER)
 def test_the_tests_of_the_operators_pass_on_lesser_processors(capability):
     """But for compiled code: inductor writes vectors of its own, for the processor that is there."""
-    files = [TESTS / f"test_{op}.py" for op in ("staircase_relu", "bcgd_step")]
+    files = [TESTS / f"test_{op}.py" for op in ("staircase_relu", "bcgd_step", "pack_codes")]
     result = python(
         capability, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not compile", *files
     )

@@ -37,6 +37,10 @@ def of_four(bits):
     return alpha(grad=False), [4], [1], bits
 
 
+def small(*shape, bits):
+    return torch.randint(0, 2**bits, shape, dtype=torch.uint8)
+
+
 def lists():
     """params, grads, latents, scales, momentum_buffers, steps of bcgd_step_."""
     latents = [torch.randn(3, 4), torch.randn(5)]
@@ -80,6 +84,20 @@ SAMPLES = {
         ((x(grad=False), alpha(3, grad=False), 2), dict(channel_dim=1)),
         ((x(2, 3, 4, 5).to(memory_format=torch.channels_last), alpha(5), 3), dict(channel_dim=-1)),
         ((x(4, 9)[:, ::2], alpha(), 8), {}),
+    ],
+    "pack_codes": lambda: [
+        ((small(3, 5, bits=2), 2), {}),
+        ((small(2, 3, 4, 5, bits=1).to(memory_format=torch.channels_last), 1), {}),
+        ((small(4, 9, bits=4)[:, ::2], 4), {}),
+        ((small(0, 3, bits=8), 8), {}),
+        ((small(bits=1), 1), {}),
+    ],
+    "unpack_codes": lambda: [
+        ((small(4, bits=8), 2, [3, 5]), {}),
+        ((small(3, bits=8), 1, [23]), {}),
+        ((small(20, bits=8)[::2], 4, [4, 5]), {}),
+        ((small(0, bits=8), 4, [0, 3]), {}),
+        ((small(1, bits=8), 8, []), {}),
     ],
     "bcgd_step_": lambda: [
         (lists(), dict(lr=torch.tensor(0.1), bits=1, momentum=0.9)),

@@ -19,6 +19,8 @@ TORCH_LIBRARY(qat, m) {
       "-> (Tensor quantized, Tensor scale)",
       tags);
   m.def("weight_codes(Tensor weight, Tensor scale, int bits, *, int? channel_dim=None) -> Tensor", tags);
+  m.def("pack_codes(Tensor codes, int bits) -> Tensor", tags);
+  m.def("unpack_codes(Tensor packed, int bits, SymInt[] size) -> Tensor", tags);
   m.def(
       "bcgd_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] latents, Tensor(c!)[] scales, "
       "Tensor(d!)[] momentum_buffers, Tensor(e!)[] steps, *, Tensor lr, int bits, int? channel_dim=None, "

@@ -9,7 +9,7 @@ _BUILD = _library.load()
 
 from torchqat import _vmap, distill, functional, nn, optim  # noqa: E402, F401  (they need the operators)
 from torchqat.calibrate import calibrate  # noqa: E402
-from torchqat.memory_report import memory_report  # noqa: E402
+from torchqat.memory_report import MemoryReport, memory_report  # noqa: E402
 from torchqat.prepare import prepare  # noqa: E402
 
 __version__: str = _BUILD["torchqat"]
@@ -35,6 +35,7 @@ def build_info() -> dict[str, Any]:
 
 
 __all__ = [
+    "MemoryReport",
     "__version__",
     "build_info",
     "calibrate",

@@ -86,6 +86,8 @@ def _register_one_by_one(name):
 for _name in (
     "_staircase_relu_forward",
     "_staircase_relu_backward",
+    "pack_codes",
+    "unpack_codes",
     "feature_affinity_loss",
     "fast_feature_affinity_loss",
     "_feature_affinity_loss",

@@ -10,6 +10,7 @@
 
 #include "torchqat/math/channel_view.h"
 #include "torchqat/math/feature_affinity.h"
+#include "torchqat/math/pack_codes.h"
 #include "torchqat/math/staircase.h"
 #include "torchqat/math/staircase_backward.h"
 #include "torchqat/math/ste.h"
@@ -370,6 +371,32 @@ TEST(StepCodes, LieInGroupsOfEight) {
 
 TEST(StepCodes, HaveRoomForEveryState) {
   for (int bits = 1; bits <= 8; ++bits) EXPECT_GE(1 << state_bits(bits), (1 << bits) + 2);
+}
+
+// Every bit of a word in turn, and all: moving bits is linear, so that no other word needs a look.
+template <int bits>
+void expect_packed_word() {
+  const auto expect = [](uint64_t codes) {
+    uint64_t packed = 0;
+    uint64_t low = 0;
+    for (int i = 0; i < 8 * bits; ++i) {
+      const uint64_t bit = codes >> (i / bits * 8 + i % bits) & 1;
+      packed |= bit << i;
+      low |= bit << (i / bits * 8 + i % bits);
+    }
+    EXPECT_EQ(pack_word<bits>(codes), packed) << bits << " bits, " << codes;
+    EXPECT_EQ(unpack_word<bits>(static_cast<PackedWord<bits>>(packed)), low) << bits << " bits, " << codes;
+  };
+  for (int i = 0; i < 64; ++i) expect(uint64_t{1} << i);
+  expect(~uint64_t{0});
+  for (const int64_t n : {0, 1, 7, 8, 9, 16, 17}) EXPECT_EQ(packed_bytes(n, bits), (n * bits + 7) / 8);
+}
+
+TEST(PackCodes, MovesEveryBitToItsPlace) {
+  expect_packed_word<1>();
+  expect_packed_word<2>();
+  expect_packed_word<4>();
+  expect_packed_word<8>();
 }
 
 TEST(ChannelView, NumbersTheElementsOfEachChannel) {

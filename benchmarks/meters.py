@@ -73,11 +73,15 @@ def per_element(size, elements):
 
 
 def saved_bytes(call):
-    """Bytes of the distinct storages that the call's graph saves for backward, the input's included."""
+    """Bytes of the distinct storages that the call's graph saves for backward, the input's included, without
+    what it calls its weights."""
     storages = {}
+    weights = {t.untyped_storage().data_ptr() for t in getattr(call, "weights", ())}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
+        if storage.data_ptr() in weights:
+            return tensor
         storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept, so that no address is used twice
         return tensor
 

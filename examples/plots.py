@@ -58,6 +58,7 @@ def draw_memory(path: Path, report: MemoryReport) -> None:
                 label=f"{name}: {total / size:.1f} {unit} in all",
             )
         axes.set_yticks(places, [f"{layer.name} ({layer.kind})" for layer in report.layers])
+        axes.margins(y=0.01)
         axes.invert_yaxis()
         axes.set(xlabel=f"kept for backward ({unit})", title=f"{report.ratio:.2f} of the float network")
         axes.legend()

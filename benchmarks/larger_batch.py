@@ -36,7 +36,9 @@ def main():
         result = subprocess.run(command, capture_output=True, text=True)
         outcomes[kind, factor] = result.returncode == 0
         lines = (result.stdout if result.returncode == 0 else result.stderr).strip().splitlines()
-        print(f"| {kind} | {batch} | {lines[-1] if lines else f'killed by {-result.returncode}'} |", flush=True)
+        print(
+            f"| {kind} | {batch} | {lines[-1] if lines else f'killed by {-result.returncode}'} |", flush=True
+        )
     sys.exit(0 if outcomes["codes", 1.5] and not outcomes["float", 1] else 1)
 
 

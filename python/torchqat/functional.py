@@ -59,7 +59,7 @@ def staircase_relu(
     ================ ========= ============================ ========= ==============================
     ``alpha_grad``   x <= 0    0 < x <= q                   x > q     kept for backward
     ================ ========= ============================ ========= ==============================
-    ``exact``        0         the step index, up to 2^b-1  2^b - 1   x itself (1 bit: 2 bits)
+    ``exact``        0         the step index, up to 2^b-1  2^b - 1   the codes, see ``save_codes``
     ``three_valued`` 0         2^(b-1)                      2^b - 1   2 bits per element
     ``min``          0         1                            2^b - 1   2 bits per element
     ``pact``         0         0                            2^b - 1   2 bits per element
@@ -79,6 +79,9 @@ def staircase_relu(
         alpha_grad: ``exact``, ``three_valued``, ``min`` or ``pact``.
         channel_dim: the dimension of ``x`` along which ``alpha`` lies; of no account when ``alpha`` has one
             element.
+        save_codes: keep the step codes for backward in place of the 2 bits: 2 bits an element with 1 bit, 4
+            with 2 and 3, 8 with 4 to 7, 16 with 8. Layers such as :class:`torchqat.nn.QuantConv2d` that read
+            the result then keep these codes, not the result.
 
     Returns:
         Tensor: shape, dtype and memory format of ``x``.

@@ -18,6 +18,17 @@ from torchqat.nn.quant_layers import QUANT_LAYERS
 PLAIN = {quant: plain for plain, quant in QUANT_LAYERS.items()}
 
 
+@pytest.fixture(autouse=True)
+def everything_on(device, monkeypatch):
+    """Networks and images of these tests; on a GPU, convolutions of one and the same order."""
+    if device.type == "cuda":
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+        with device:
+            yield
+    else:
+        yield
+
+
 def plain_twin(model):
     """The same network of torch's own layers, beside staircases that keep two bits."""
     model = copy.deepcopy(model)
@@ -475,16 +486,16 @@ def test_saved_tensors_may_be_elsewhere():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_autocast(network, dtype, recompute):
+def test_autocast(network, dtype, recompute, device):
     model, x = network("lenet5")
     model = torchqat.prepare(model, 2, recompute=recompute)
 
     def forward(net, v):
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(device.type, dtype):
             return net(v)
 
     assert_as_plain(model, x, forward=forward)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(device.type, dtype):
         assert bytes_kept(model, x) < 0.75 * bytes_kept(plain_twin(model), x)  # with the weights' copies
 
 
@@ -539,6 +550,24 @@ def test_func_transforms():
     torch.testing.assert_close(grads(model), grads(plain_twin(model)))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_forward_mode_goes_through_torchs_own_layers(recompute):
+    conv = QuantConv2d(3, 4, 3)
+    conv.recompute = recompute
+    x, tangent = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3)
+    y = staircase()(x)
+
+    def by_weight(weight):
+        return torch.func.functional_call(conv, {"weight": weight}, (y.detach(),))
+
+    _, derivative = torch.func.jvp(by_weight, (conv.weight,), (tangent,))
+    assert torch.equal(derivative, F.conv2d(y, tangent))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(conv.weight, tangent)
+        z = torch.func.functional_call(conv, {"weight": dual}, (y,))
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(z).tangent, F.conv2d(y, tangent))
+
+
 def test_export_has_torchs_own_layers():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 2)
@@ -550,6 +579,14 @@ def test_export_has_torchs_own_layers():
         "qat.staircase_relu.default",
         "qat._bounded_alpha.default",
     }
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_tracing_has_torchs_own_layers():
+    model = torchqat.prepare(nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3)), 2)
+    traced = torch.jit.trace(model, images())
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert "aten::_convolution" in kinds and "qat::_convolution" not in kinds
 
 
 def test_distributed_data_parallel(tmp_path):

@@ -7,13 +7,18 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 
+def _is_recorded() -> bool:
+    """Whether the forward pass goes into a program for others to run, which knows torch's own layers alone."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 class _QuantConv:
     #: Whether a normalization that reads the result has it computed again in backward, rather than keep it.
     recompute = False
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self._zeros_around()
-        if padding is None or torch.compiler.is_exporting():
+        if padding is None or _is_recorded():
             return super()._conv_forward(input, weight, bias)
         return torch.ops.qat._convolution(
             input, weight, bias, self.stride, padding, self.dilation, self.groups, self.recompute
@@ -84,7 +89,7 @@ class QuantLinear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():
+        if _is_recorded():
             return super().forward(input)
         return torch.ops.qat._linear(input, self.weight, self.bias)
 
@@ -102,7 +107,7 @@ class QuantMaxPool2d(nn.MaxPool2d):
     """
 
     def forward(self, input: Tensor):
-        if self.return_indices or torch.compiler.is_exporting():
+        if self.return_indices or _is_recorded():
             return super().forward(input)
         kernel_size, stride = _pair(self.kernel_size), _pair(self.stride)
         return torch.ops.qat._max_pool2d(
@@ -113,7 +118,7 @@ class QuantMaxPool2d(nn.MaxPool2d):
 class _QuantBatchNorm:
     def forward(self, input: Tensor) -> Tensor:
         tracks = self.training and self.track_running_stats and self.running_mean is not None
-        if not (tracks and self.affine) or torch.compiler.is_exporting():
+        if not (tracks and self.affine) or _is_recorded():
             return super().forward(input)
         self._check_input_dim(input)
         momentum = self.momentum

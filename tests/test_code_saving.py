@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -320,6 +321,50 @@ def test_a_weight_changed_in_place_is_caught():
         y.sum().backward()
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_a_recipe_begins_with_changed_before_it_is_read(recompute):
+    """A step size or a weight that is written into between producer and reader: the reader keeps what it reads."""
+    x = images()
+    if recompute:
+        conv, norm = QuantConv2d(3, 4, 3), torchqat.nn.QuantBatchNorm2d(4)
+        conv.recompute = True
+        y, changed, reader = conv(x), conv.weight, norm
+    else:
+        alpha, conv = torch.tensor(0.4, requires_grad=True), QuantConv2d(3, 4, 3)
+        y = torchqat.functional.staircase_relu(x, alpha, 2, save_codes=True)
+        changed, reader = alpha, conv
+    with torch.no_grad():
+        changed.mul_(2)
+    (grad,) = torch.autograd.grad(reader(y).square().sum(), reader.weight)
+    twin = plain_twin(reader)
+    (expected,) = torch.autograd.grad(twin(y.detach()).square().sum(), twin.weight)
+    assert torch.equal(grad, expected)
+
+
+def test_an_activation_given_other_memory():
+    model = block()
+    model[1].register_forward_hook(lambda module, inputs, y: setattr(y, "data", y.data * 1.5))
+    assert_as_plain(model, images())
+
+
+def test_a_negative_view_is_no_view_of_codes():
+    assert_as_plain(block(), images(), forward=lambda net, x: net[2](torch._neg_view(net[1](net[0](x)))))
+
+
+def test_several_threads_through_one_graph():
+    """One of them gets the gradient; the others hear that the graph is gone, as in torch."""
+    model, x = block(), images().requires_grad_()
+    expected = torch.autograd.grad(model(x).sum(), x)[0]
+    for _ in range(40):
+        loss = model(x).sum()
+        with ThreadPoolExecutor(6) as pool:
+            runs = [pool.submit(torch.autograd.grad, loss, x) for _ in range(6)]
+        errors = [run.exception() for run in runs]
+        assert all(e is None or "backward through the graph a second time" in str(e) for e in errors)
+        assert all(torch.equal(run.result()[0], expected) for run in runs if run.exception() is None)
+        assert errors.count(None) >= 1
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_an_activation_that_something_has_written_into(grad):
     def forward(net, x):
@@ -398,6 +443,12 @@ def test_the_private_operators_read_no_more_than_they_are_given():
     few, alpha = torch.zeros(7, dtype=torch.uint8), torch.tensor(0.4)
     with pytest.raises(ValueError, match="_staircase_relu_rebuild: what is kept must be 8 contiguous bytes"):
         torch.ops.qat._staircase_relu_rebuild(few, alpha, [16], [1], torch.float32, 2, 1)
+    codes = torch.zeros(8, dtype=torch.uint8)
+    rebuild = torch.ops.qat._staircase_relu_rebuild
+    with pytest.raises(ValueError, match="stride \\[0\\] must be that of a dense tensor"):
+        rebuild(codes, alpha, [16], [0], torch.float32, 2, 1)
+    with pytest.raises(ValueError, match="alpha must have one element, or one for each of the 4 channels"):
+        rebuild(codes, torch.ones(3), [4, 4], [4, 1], torch.float32, 2, 1)
     with pytest.raises(ValueError, match="_staircase_relu_backward: what is kept must be 4 contiguous bytes"):
         torch.ops.qat._staircase_relu_backward(
             torch.ones(16), few, alpha, [16], [1], 2, "relu", "min", 1, False
@@ -536,6 +587,15 @@ def test_compiled_autograd(network):
     assert_same([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
 
 
+def test_compiled_autograd_of_a_graph_that_is_gone():
+    torch._dynamo.reset()
+    loss = block()(images()).sum()
+    loss.backward()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            loss.backward()
+
+
 def test_func_transforms():
     model, x = block().eval(), images()
 
@@ -621,6 +681,14 @@ def test_running_statistics_move_once_and_random_state_stays():
     assert torch.equal(before, torch.random.get_rng_state())
     assert_same(list(model.state_dict().values()), list(twin.state_dict().values()))
     assert model[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("norm, shape", [(nn.BatchNorm2d(4), (1, 3, 3, 3)), (nn.BatchNorm1d(4), (1, 3, 3))])
+def test_one_value_per_channel_is_refused_as_in_torch(norm, shape):
+    conv = nn.Conv2d(3, 4, 3) if len(shape) == 4 else nn.Conv1d(3, 4, 3)
+    model = torchqat.prepare(nn.Sequential(nn.ReLU(), conv, norm), 2, recompute=True)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        model(torch.randn(shape))
 
 
 @pytest.mark.parametrize(

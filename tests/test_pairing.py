@@ -271,7 +271,10 @@ def test_the_report_takes_several_arguments_and_a_single_staircase():
     x = torch.randn(64, 100, requires_grad=True)
     report = torchqat.memory_report(nn.Sequential(nn.Linear(100, 100), StaircaseReLU(2, save_codes=False)), x)
     assert (report.layers[1].float_bytes, report.layers[1].bytes) == (25600, 1600 + 4)
+    before = x.detach().clone()
     assert torchqat.memory_report(StaircaseReLU(1), x).bytes == 1600 + 4
+    assert torchqat.memory_report(StaircaseReLU(1), before).float_bytes == 0
+    assert torch.equal(x, before)
     report = torchqat.memory_report(torchqat.prepare(TwoInputs(), 2), (torch.randn(1, 3, 8, 8),) * 2)
     assert {layer.name for layer in report.layers} == {"act", "conv"}
     with torch.no_grad():

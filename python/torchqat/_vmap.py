@@ -85,6 +85,7 @@ def _register_one_by_one(name):
 
 for _name in (
     "_staircase_relu_forward",
+    "_staircase_relu_rebuild",
     "_staircase_relu_backward",
     "pack_codes",
     "unpack_codes",

@@ -97,12 +97,11 @@ def memory_report(model: nn.Module, example_input: Tensor | tuple) -> MemoryRepo
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
         >>> report = torchqat.memory_report(torchqat.prepare(model, 1), torch.randn(4, 3, 10, 10))
         >>> report.layers[1].name, report.layers[1].float_bytes, report.layers[1].bytes
-        ('1', 8192, 512)
+        ('1', 8192, 516)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"memory_report: model must be a torch.nn.Module, got {type(model).__name__}")
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     ours = _kept(copy.deepcopy(model), arguments)
     floats = _kept(_float_twin(model), arguments)
@@ -121,9 +120,9 @@ def _float_twin(model: nn.Module) -> nn.Module:
         return nn.ReLU(inplace=True)
     for module in list(model.modules()):
         module.__class__ = PLAIN_CLASSES.get(type(module), type(module))
-        for name, child in module.named_children():
+        for name, child in module._modules.items():  # a module may be there under several names
             if isinstance(child, StaircaseReLU):
-                setattr(module, name, nn.ReLU(inplace=True))
+                module._modules[name] = nn.ReLU(inplace=True)
     return model
 
 
@@ -139,9 +138,14 @@ def _kept(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, int]:
             kept[calls[-1]] = kept.get(calls[-1], 0) + storage.nbytes()
         return tensor
 
+    def leave(*_) -> None:
+        calls.pop()
+
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
-        module.register_forward_hook(lambda *_: calls.pop() and None, always_call=True)
+        module.register_forward_hook(leave, always_call=True)
+    # In-place ReLUs write into them.
+    arguments = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in arguments)
     saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with torch.random.fork_rng(), torch.enable_grad(), saved:
         model.train()(*arguments)

@@ -32,8 +32,9 @@ struct Convolution : RecipeOf<Convolution> {
     return at::convolution_symint(x, w, b, stride, padding, dilation, /*transposed=*/false, zeros(), groups);
   }
   torch::autograd::variable_list derivatives(const at::Tensor& grad, const IsNeeded& is_needed) const {
-    const auto x = input->make();
     const auto w = weight.get();
+    // Its values matter to the gradient of the weight alone.
+    const auto x = is_needed(1) ? input->make() : at::empty_strided_symint(size, x_stride, grad.options());
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const std::vector<c10::SymInt> bias_sizes{w.sym_size(0)};
     auto [grad_x, grad_w, grad_b] = at::convolution_backward_symint(
@@ -42,9 +43,12 @@ struct Convolution : RecipeOf<Convolution> {
         {is_needed(0), is_needed(1), has_bias && is_needed(2)});
     return {grad_x, grad_w, grad_b};
   }
-  void each_field(auto&& f) { each(f, input, weight, bias, has_bias, stride, padding, dilation, groups); }
+  void each_field(auto&& f) {
+    each(f, input, size, x_stride, weight, bias, has_bias, stride, padding, dilation, groups);
+  }
 
   std::shared_ptr<Recipe> input;
+  std::vector<c10::SymInt> size, x_stride;  // of the input
   Ingredient weight, bias;
   bool has_bias = false;
   std::vector<c10::SymInt> stride, padding, dilation;
@@ -69,6 +73,8 @@ at::Tensor autograd(const at::Tensor& input, const at::Tensor& weight, const std
   }
   if (!convolution.input)
     return plain(input, weight, bias, stride, padding, dilation, std::move(groups), recompute);
+  convolution.size = input.sym_sizes().vec();
+  convolution.x_stride = input.sym_strides().vec();
   convolution.weight = weight;
   convolution.has_bias = b.defined();
   convolution.stride = stride.vec();

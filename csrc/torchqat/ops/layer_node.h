@@ -3,9 +3,11 @@
 #include <functional>
 #include <initializer_list>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "torchqat/ops/recipe.h"
 
@@ -24,7 +26,8 @@ template <typename K>
 struct LayerNode : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
     if (!grads[0].defined()) return torch::autograd::variable_list(num_outputs());
-    TORCH_CHECK(kept, torch::autograd::ERR_BACKWARD_TWICE);
+    const std::lock_guard lock(mutex_);
+    check_kept();
     auto result = kept->derivatives(grads[0], [this](size_t i) { return task_should_compute_output(i); });
     if (at::GradMode::is_enabled()) {
       auto inputs = next_edges();
@@ -33,14 +36,19 @@ struct LayerNode : torch::autograd::Node {
     }
     return result;
   }
-  void release_variables() override { kept.reset(); }
+  void release_variables() override {
+    const std::lock_guard lock(mutex_);
+    kept.reset();
+  }
   std::string name() const override { return std::string(K::op) + "_backward"; }
   void compiled_args(CompiledNodeArgs& args) const override {
+    check_kept();
     kept->each_field([&](auto& field) { collect(args, field); });
     args.collect(size);
   }
   torch::autograd::variable_list apply_with_saved(const torch::autograd::variable_list& grads,
                                                   SwapSavedVariables& swap) override {
+    check_kept();
     kept->each_field([&](auto& field) { before(swap, field); });
     swap.before(size);
     auto result = apply({grads[0].defined() ? with_size(grads[0], size) : at::Tensor()});
@@ -48,6 +56,8 @@ struct LayerNode : torch::autograd::Node {
     swap.after(size);
     return result;
   }
+
+  void check_kept() const { TORCH_CHECK(kept, torch::autograd::ERR_BACKWARD_TWICE); }
 
   std::shared_ptr<K> kept;
   std::vector<c10::SymInt> size;  // of the result

@@ -21,19 +21,20 @@ struct Linear {
 
   // The products that torch takes, in its order.
   torch::autograd::variable_list derivatives(const at::Tensor& grad, const IsNeeded& is_needed) const {
-    const auto x = input->make();
+    const auto x = is_needed(1) ? input->make() : at::Tensor();
     const auto w = weight.get();
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const auto rows = grad.flatten(0, -2);
     torch::autograd::variable_list result(3);
-    if (is_needed(0)) result[0] = rows.mm(w).view_symint(x.sym_sizes());
+    if (is_needed(0)) result[0] = rows.mm(w).view_symint(size);
     if (is_needed(1)) result[1] = rows.t().mm(x.flatten(0, -2));
     if (has_bias && is_needed(2)) result[2] = rows.sum(0);
     return result;
   }
-  void each_field(auto&& f) { each(f, input, weight, has_bias); }
+  void each_field(auto&& f) { each(f, input, size, weight, has_bias); }
 
   std::shared_ptr<Recipe> input;
+  std::vector<c10::SymInt> size;  // of the input
   Ingredient weight;
   bool has_bias = false;
 };
@@ -51,6 +52,7 @@ at::Tensor autograd(const at::Tensor& input, const at::Tensor& weight,
   Linear linear;
   if (differentiate) linear.input = recipe_of(input);
   if (!linear.input) return plain(input, weight, bias);
+  linear.size = input.sym_sizes().vec();
   linear.weight = weight;
   linear.has_bias = b.defined();
   at::Tensor y;

@@ -12,6 +12,7 @@ namespace {
 struct RecordWithRecipe : torch::autograd::AutogradMeta {
   std::shared_ptr<Recipe> recipe;
   int64_t version = 0;
+  const void* storage = nullptr;  // Tensor.data may be given another
 };
 
 // A view, from the tensor that it is a view of.
@@ -39,6 +40,7 @@ void attach_recipe(const at::Tensor& tensor, std::shared_ptr<Recipe> recipe) {
   auto record = std::make_unique<RecordWithRecipe>();
   record->recipe = std::move(recipe);
   record->version = tensor._version();
+  record->storage = tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
   if (const auto* before = torch::autograd::impl::get_autograd_meta(tensor)) {
     record->grad_fn_ = before->grad_fn_;
     record->output_nr_ = before->output_nr_;
@@ -51,7 +53,11 @@ std::shared_ptr<Recipe> recipe_of(const at::Tensor& tensor) {
   const auto* record = dynamic_cast<const RecordWithRecipe*>(
       torch::autograd::impl::get_autograd_meta(is_view ? tensor._base() : tensor));
   if (record == nullptr || record->version != tensor._version()) return nullptr;
+  const void* storage = tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+  if (record->storage != storage || tensor.is_neg() || tensor.is_conj() || !record->recipe->is_fresh())
+    return nullptr;
   if (!is_view) return record->recipe;
+  if (tensor.scalar_type() != tensor._base().scalar_type()) return nullptr;
   auto view = std::make_shared<View>();
   view->base = record->recipe;
   view->size = tensor.sym_sizes().vec();

@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 
 #include <memory>
-#include <type_traits>
 #include <utility>
 
 #include "torchqat/ops/autograd_node.h"
@@ -20,7 +19,11 @@ using torch::dynamo::autograd::SwapSavedVariables;
 class Ingredient {
  public:
   Ingredient() = default;
-  Ingredient(at::Tensor tensor) : live_(std::move(tensor)) {}  // NOLINT: a tensor is one
+  Ingredient(at::Tensor tensor)  // NOLINT: a tensor is one
+      : live_(std::move(tensor)), version_(live_.defined() ? live_._version() : 0) {}
+
+  // Whether nothing has written into it since the recipe was made.
+  bool is_fresh() const { return !live_.defined() || live_._version() == version_; }
 
   at::Tensor get() const { return saved_ ? saved_->unpack() : live_; }
   void save() {
@@ -31,6 +34,7 @@ class Ingredient {
 
  private:
   at::Tensor live_;
+  int64_t version_ = 0;
   std::shared_ptr<torch::autograd::SavedVariable> saved_;
 };
 
@@ -41,6 +45,8 @@ struct Recipe {
   virtual at::Tensor make() const = 0;
   // A copy for a node to keep.
   virtual std::shared_ptr<Recipe> saved() const = 0;
+  // Whether all that it begins with is as it was when the tensor was made.
+  virtual bool is_fresh() = 0;
 
   // What compiled autograd asks of a node.
   virtual void collect(CompiledNodeArgs& args) = 0;
@@ -53,6 +59,13 @@ inline void save(Ingredient& field) { field.save(); }
 inline void save(std::shared_ptr<Recipe>& field) { field = field->saved(); }
 template <typename T>
 void save(T&) {}
+
+inline bool is_fresh(Ingredient& field) { return field.is_fresh(); }
+inline bool is_fresh(std::shared_ptr<Recipe>& field) { return field->is_fresh(); }
+template <typename T>
+bool is_fresh(T&) {
+  return true;
+}
 
 inline void collect(CompiledNodeArgs& args, Ingredient& field) {
   args.collect(field.saved(), /*is_output=*/false);
@@ -95,6 +108,11 @@ std::shared_ptr<T> saved_copy(const T& kept) {
 template <typename Self>
 struct RecipeOf : Recipe {
   std::shared_ptr<Recipe> saved() const override { return saved_copy(static_cast<const Self&>(*this)); }
+  bool is_fresh() override {
+    bool fresh = true;
+    self().each_field([&](auto& field) { fresh = fresh && torchqat::is_fresh(field); });
+    return fresh;
+  }
   void collect(CompiledNodeArgs& args) override {
     self().each_field([&](auto& field) { torchqat::collect(args, field); });
   }
@@ -121,7 +139,7 @@ struct Whole : RecipeOf<Whole> {
 void attach_recipe(const at::Tensor& tensor, std::shared_ptr<Recipe> recipe);
 
 // The recipe of a tensor, or of a view of one that has a recipe; null where there is none, or where something
-// has written into the tensor since.
+// has written into the tensor since, or into what the recipe begins with.
 std::shared_ptr<Recipe> recipe_of(const at::Tensor& tensor);
 
 // The tensor in the dtype that autocast computes a layer in, with the recipe that it has.

@@ -88,6 +88,7 @@ struct StaircaseReluBackward : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
     torch::autograd::variable_list result(2);
     if (!grads[0].defined()) return result;
+    const std::lock_guard lock(mutex_);
     auto [grad_x, grad_alpha] = derivatives(grads[0]);
     if (task_should_compute_output(0)) result[0] = std::move(grad_x);
     if (task_should_compute_output(1)) result[1] = std::move(grad_alpha);
@@ -106,6 +107,7 @@ struct StaircaseReluBackward : torch::autograd::Node {
                               codes);
   }
   void release_variables() override {
+    const std::lock_guard lock(mutex_);
     saved.reset_data();
     alpha.reset_data();
   }
@@ -241,11 +243,15 @@ static void check_kept(std::string_view op, const at::Tensor& kept, c10::SymIntA
                     kept.sym_numel(), " of ", kept.scalar_type());
 }
 
-at::Tensor staircase_relu_rebuild_meta(const at::Tensor& codes, const at::Tensor&, c10::SymIntArrayRef size,
-                                       c10::SymIntArrayRef stride, at::ScalarType dtype, int64_t bits,
-                                       int64_t) {
+at::Tensor staircase_relu_rebuild_meta(const at::Tensor& codes, const at::Tensor& alpha,
+                                       c10::SymIntArrayRef size, c10::SymIntArrayRef stride,
+                                       at::ScalarType dtype, int64_t bits, int64_t channel_dim) {
   check_kept("_staircase_relu_rebuild", codes, size, kept_bits(bits, /*codes=*/true));
-  return at::empty_strided_symint(size, stride, codes.options().dtype(dtype));
+  auto y = at::empty_strided_symint(size, stride, codes.options().dtype(dtype));
+  TORCH_CHECK_VALUE(y.is_non_overlapping_and_dense(), "_staircase_relu_rebuild: stride ", stride,
+                    " must be that of a dense tensor of size ", size);
+  check("_staircase_relu_rebuild", y, alpha, bits, channel_dim);
+  return y;
 }
 
 // The result's shape is stated rather than read off grad, whose shape compiled autograd does not know while

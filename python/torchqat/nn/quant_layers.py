@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
 
@@ -121,6 +122,7 @@ class _QuantBatchNorm:
         if not (tracks and self.affine) or _is_recorded():
             return super().forward(input)
         self._check_input_dim(input)
+        F._verify_batch_size(input.size())
         momentum = self.momentum
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)

@@ -179,6 +179,28 @@ def test_twice_changes_nothing():
     assert isinstance(model[2], QuantBatchNorm2d) and model[1].recompute and not model[4].recompute
 
 
+def test_layers_that_would_keep_floats_all_the_same():
+    reflecting = nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")
+    uneven = nn.Conv2d(3, 3, 2, padding="same")
+    for layer, reason in (
+        (reflecting, "it pads with padding=(1, 1), padding_mode='reflect'"),
+        (uneven, "it pads with padding='same', padding_mode='zeros'"),
+        (nn.MaxPool2d(2, return_indices=True), "it returns indices"),
+    ):
+        model = nn.Sequential(nn.ReLU(), layer)
+        report = report_of(model)
+        assert (report.paired, report.not_paired) == ([], [f"1: {reason}"])
+        assert not model[0].save_codes and type(model[1]) is type(layer)
+
+
+def test_the_last_call_says_what_is_recomputed():
+    model = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    report_of(model, recompute=True)
+    assert model[1].recompute
+    report_of(model)
+    assert not model[1].recompute
+
+
 def test_recomputing_needs_codes():
     with pytest.raises(ValueError, match="recompute=True .* must not go with save_codes=False"):
         torchqat.prepare(nn.Sequential(nn.ReLU()), recompute=True, save_codes=False)

@@ -44,12 +44,12 @@ def contenders(name, size, images, labels, bits, device):
         "torchao fake quantization, 8 bits": lambda model: torchao_network(model, bits),
     }
     return [
-        Contender(who, lambda make=make: step(make(network(name, size)).to(device), images, labels))
+        Contender(who, lambda make=make: Step(make(network(name, size)).to(device), images, labels))
         for who, make in found.items()
     ]
 
 
-class step:
+class Step:
     """A call that runs forward and backward; `weights` are not what is counted."""
 
     def __init__(self, model, images, labels):

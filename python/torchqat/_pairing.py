@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from torchqat import _rewrite
-from torchqat.nn.quant_layers import QUANT_LAYERS
+from torchqat.nn.quant_layers import QUANT_LAYERS, why_floats
 from torchqat.nn.staircase_relu import StaircaseReLU
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
@@ -164,9 +164,11 @@ def pair(model: nn.Module, left_alone: Callable[[str], bool], recompute: bool) -
     paired, feeding = [], set()
     not_paired = [f"{path}: {reason}" for path, reason in edges.foreign.items()]
     for path, values in edges.reads.items():
-        others = [value.what for value in values if isinstance(value, Other)]
-        if left_alone(path) or others:
-            not_paired.append(f"{path}: {'it is excluded' if left_alone(path) else f'it reads {others[0]}'}")
+        others = [f"it reads {value.what}" for value in values if isinstance(value, Other)]
+        floats = why_floats(modules[path])
+        if left_alone(path) or others or floats:
+            reason = "it is excluded" if left_alone(path) else others[0] if others else floats
+            not_paired.append(f"{path}: {reason}")
             continue
         become_quant(modules[path])
         staircases = sorted({name for value in values for name in value.staircases})
@@ -176,6 +178,8 @@ def pair(model: nn.Module, left_alone: Callable[[str], bool], recompute: bool) -
     for name, module in modules.items():
         if isinstance(module, StaircaseReLU) and not left_alone(name):
             module.save_codes = name in feeding
+        elif hasattr(module, "recompute") and not left_alone(name):
+            module.recompute = False  # of an earlier call
     if recompute:
         paired += _recompute(edges, modules, left_alone)
     return paired, not_paired

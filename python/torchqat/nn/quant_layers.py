@@ -13,28 +13,38 @@ def _is_recorded() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
+def zeros_around(conv: nn.Module) -> Any:
+    """The zeros on each side, or None where a convolution pads with something else, or unevenly."""
+    if conv.padding_mode != "zeros":
+        return None
+    if conv.padding == "valid":
+        return [0] * len(conv.kernel_size)
+    if conv.padding == "same":
+        both = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return None if any(n % 2 for n in both) else [n // 2 for n in both]
+    return conv.padding
+
+
+def why_floats(layer: nn.Module) -> str | None:
+    """Why a layer would keep floats whatever it reads; None where it would not."""
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)) and zeros_around(layer) is None:
+        return f"it pads with padding={layer.padding!r}, padding_mode={layer.padding_mode!r}"
+    if isinstance(layer, nn.MaxPool2d) and layer.return_indices:
+        return "it returns indices"
+    return None
+
+
 class _QuantConv:
     #: Whether a normalization that reads the result has it computed again in backward, rather than keep it.
     recompute = False
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding = self._zeros_around()
+        padding = zeros_around(self)
         if padding is None or _is_recorded():
             return super()._conv_forward(input, weight, bias)
         return torch.ops.qat._convolution(
             input, weight, bias, self.stride, padding, self.dilation, self.groups, self.recompute
         )
-
-    def _zeros_around(self) -> Any:
-        """The zeros on each side, or None where the convolution pads with something else, or unevenly."""
-        if self.padding_mode != "zeros":
-            return None
-        if self.padding == "valid":
-            return [0] * len(self.kernel_size)
-        if self.padding == "same":
-            both = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            return None if any(n % 2 for n in both) else [n // 2 for n in both]
-        return self.padding
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
@@ -55,10 +65,14 @@ class QuantConv2d(_QuantConv, nn.Conv2d):
     Arguments, state and results are those of ``torch.nn.Conv2d``: a module of that class becomes one of this
     by ``module.__class__ = QuantConv2d``, as :func:`torchqat.prepare` does it. An input that is no
     staircase's output (images, sums, results of dropout, or one that something has written into), another
-    ``padding_mode`` than zeros, or a staircase with ``save_codes=False``: then it is the plain layer. Views
-    of the activation (``flatten``, ``reshape``, slices) and :class:`QuantMaxPool2d` may lie between. Whether
-    the input is a staircase's output is found out at each call, by autograd's own record of the tensor: no
-    value is compared, and writing through ``Tensor.data``, which autograd cannot see, goes unseen here too.
+    ``padding_mode`` than zeros, or a staircase that keeps no codes: then it is the plain layer. Views of the
+    activation (``flatten``, ``reshape``, slices) and :class:`QuantMaxPool2d` may lie between. Whether the
+    input is a staircase's output is found out at each call, by autograd's own record of the tensor.
+
+    **No value is compared.** What writes into the activation behind autograd's back, between the staircase
+    and this layer, is not seen: ``y.data.mul_()``, NumPy arrays that share its memory, a collective inside a
+    ``torch.autograd.Function``. The gradient is then that of what the staircase gave. Write with autograd or
+    under ``torch.no_grad()``, which are seen, or give the staircase ``save_codes=False``.
 
     Attributes:
         recompute: ``True`` where :class:`QuantBatchNorm2d` reads the result and shall have it computed again
@@ -141,7 +155,9 @@ class QuantBatchNorm2d(_QuantBatchNorm, nn.BatchNorm2d):
     """``torch.nn.BatchNorm2d`` that, in training, does not keep an input that comes straight from a
     :class:`QuantConv2d` with ``recompute``: it keeps the statistics of the batch, and backward computes the
     convolution again, from the codes of *its* input. The running statistics are updated once, and the
-    gradients are those of the plain layers bit by bit. Any other input: the plain layer.
+    gradients are those of the plain layers bit by bit, where the convolution takes the same algorithm both
+    times (on a GPU: without ``torch.backends.cudnn.benchmark``). A staircase's output is kept as its codes;
+    with any other input it is the plain layer.
 
     Example:
         >>> import torchqat

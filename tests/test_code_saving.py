@@ -495,15 +495,13 @@ def test_second_derivatives_are_refused(layer, shape, name):
 
 
 def test_codes_go_with_the_graph():
-    model, x = block(), images()
-    y = model[1](model[0](x))
-    (codes,) = [weakref.ref(t) for t in kept(lambda: model[2](y))[0] if t.dtype == torch.uint8]
-    z = model[2](y)
+    model = block()
+    tensors, z = kept(lambda: model(images()))
+    (codes,) = [weakref.ref(t) for t in tensors if t.dtype == torch.uint8]
+    del tensors
     gc.collect()
     assert codes() is not None
-    del y
     z.sum().backward()
-    del z
     gc.collect()
     assert codes() is None
 
@@ -530,6 +528,22 @@ def test_checkpointing(forward, recompute):
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
     )
     model = nn.Sequential(*model, nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 2))
+    assert_as_plain(torchqat.prepare(model, 2, recompute=recompute), images(), forward=forward)
+
+
+def nested(net, x):
+    return checkpoint(lambda v: checkpoint(net[2:], net[:2](v), use_reentrant=False), x, use_reentrant=False)
+
+
+def offloaded(net, x):
+    with torch.autograd.graph.save_on_cpu():
+        return checkpoint(net[2:], net[:2](x), use_reentrant=False)
+
+
+@pytest.mark.parametrize("forward", [nested, offloaded])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_checkpoints_inside_other_hooks(forward, recompute):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     assert_as_plain(torchqat.prepare(model, 2, recompute=recompute), images(), forward=forward)
 
 

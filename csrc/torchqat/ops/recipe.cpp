@@ -1,5 +1,6 @@
 #include "torchqat/ops/recipe.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -13,7 +14,15 @@ struct RecordWithRecipe : torch::autograd::AutogradMeta {
   std::shared_ptr<Recipe> recipe;
   int64_t version = 0;
   const void* storage = nullptr;  // Tensor.data may be given another
+  const void* hooks = nullptr;
 };
+
+// The saved-tensor hooks that are in force. Where they have changed since a tensor was made, a checkpoint may
+// begin, and its recomputation gets the tensor without the recipe: both must save alike, so neither takes it.
+const void* saved_tensor_hooks() {
+  const auto hooks = at::SavedTensorDefaultHooks::get_hooks(/*ignore_is_tracing=*/true);
+  return hooks ? hooks->first.ptr(&hooks->first.pyinterpreter()) : nullptr;
+}
 
 // A view, from the tensor that it is a view of.
 struct View : RecipeOf<View> {
@@ -41,6 +50,7 @@ void attach_recipe(const at::Tensor& tensor, std::shared_ptr<Recipe> recipe) {
   record->recipe = std::move(recipe);
   record->version = tensor._version();
   record->storage = tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+  record->hooks = saved_tensor_hooks();
   if (const auto* before = torch::autograd::impl::get_autograd_meta(tensor)) {
     record->grad_fn_ = before->grad_fn_;
     record->output_nr_ = before->output_nr_;
@@ -54,7 +64,8 @@ std::shared_ptr<Recipe> recipe_of(const at::Tensor& tensor) {
       torch::autograd::impl::get_autograd_meta(is_view ? tensor._base() : tensor));
   if (record == nullptr || record->version != tensor._version()) return nullptr;
   const void* storage = tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
-  if (record->storage != storage || tensor.is_neg() || tensor.is_conj() || !record->recipe->is_fresh())
+  if (record->hooks != saved_tensor_hooks() || record->storage != storage || tensor.is_neg() ||
+      tensor.is_conj() || !record->recipe->is_fresh())
     return nullptr;
   if (!is_view) return record->recipe;
   if (tensor.scalar_type() != tensor._base().scalar_type()) return nullptr;

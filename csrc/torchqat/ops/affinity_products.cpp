@@ -15,7 +15,9 @@ int64_t pixels_of_block(int64_t channels, int64_t pixels) {
   return std::clamp<int64_t>(kBlockNumbers / channels, 1, pixels);
 }
 
-bool takes_pixels(int64_t student_channels, int64_t teacher_channels, int64_t pixels) {
+// Whether it is S itself that is taken. Where there are probes (0 for frobenius_affinity) it never is.
+bool takes_pixels(int64_t student_channels, int64_t teacher_channels, int64_t pixels, int64_t probes) {
+  if (probes > 0) return false;
   const auto flops = math::affinity_flops(student_channels, teacher_channels, pixels, /*probes=*/0);
   return flops.direct <= flops.gram;
 }
@@ -137,7 +139,8 @@ at::Tensor by_channels(const AffinityColumns& columns) {
 }  // namespace
 
 at::Tensor frobenius_affinity(const AffinityColumns& columns) {
-  const bool direct = takes_pixels(columns.student_channels, columns.teacher_channels, columns.pixels);
+  const bool direct =
+      takes_pixels(columns.student_channels, columns.teacher_channels, columns.pixels, /*probes=*/0);
   return direct ? by_pixels(columns) : by_channels(columns);
 }
 
@@ -173,13 +176,13 @@ at::Tensor fast_affinity(const AffinityColumns& columns, const at::Tensor& probe
 }
 
 int64_t affinity_block(int64_t student_channels, int64_t teacher_channels, int64_t pixels, int64_t probes) {
-  const bool direct = probes == 0 && takes_pixels(student_channels, teacher_channels, pixels);
+  const bool direct = takes_pixels(student_channels, teacher_channels, pixels, probes);
   return direct ? pixels : pixels_of_block(student_channels + teacher_channels, pixels);
 }
 
 int64_t affinity_scratch(int64_t student_channels, int64_t teacher_channels, int64_t pixels, int64_t probes) {
   const int64_t both = student_channels + teacher_channels;
-  const bool direct = probes == 0 && takes_pixels(student_channels, teacher_channels, pixels);
+  const bool direct = takes_pixels(student_channels, teacher_channels, pixels, probes);
   const int64_t block = affinity_block(student_channels, teacher_channels, pixels, probes);
   const int64_t products = direct        ? pixels * pixels
                            : probes == 0 ? both * both

@@ -68,8 +68,9 @@ std::tuple<at::Tensor, at::Tensor> forward_keeping(const at::Tensor& x, const at
 }
 
 at::Tensor rebuild(const at::Tensor& codes, const at::Tensor& alpha, c10::SymIntArrayRef size,
-                   c10::SymIntArrayRef stride, at::ScalarType dtype, int64_t bits, int64_t channel_dim) {
-  auto y = staircase_relu_rebuild_meta(codes, alpha, size, stride, dtype, bits, channel_dim);
+                   c10::SymIntArrayRef stride, at::ScalarType dtype, int64_t bits, int64_t channel_dim,
+                   const at::Tensor& grad) {
+  auto y = staircase_relu_rebuild_meta(codes, alpha, size, stride, dtype, bits, channel_dim, grad);
   const c10::cuda::CUDAGuard device(codes.device());
   const int64_t n = y.numel();
   if (n == 0) return y;

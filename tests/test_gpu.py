@@ -54,7 +54,7 @@ def kept(bits, dtype=torch.float32):
         x, alpha = inputs[0].requires_grad_(), inputs[1].requires_grad_()
         op = torch.ops.qat
         y, codes = op._staircase_relu_forward(x.detach(), alpha.detach(), bits, 1, True)
-        again = op._staircase_relu_rebuild(codes, alpha.detach(), y.shape, y.stride(), dtype, bits, 1)
+        again = op._staircase_relu_rebuild(codes, alpha.detach(), y.shape, y.stride(), dtype, bits, 1, y)
         z = F.staircase_relu(x, alpha, bits, alpha_grad="exact", save_codes=True)
         grads = torch.autograd.grad(
             op._max_pool2d(z, [2, 2], [2, 2], [0, 0], [1, 1], False).sum(), (x, alpha)

@@ -130,7 +130,7 @@ SAMPLES = {
         for bits, codes in [(2, False), (1, True), (2, True), (4, True), (8, True)]
     ],
     "_staircase_relu_rebuild": lambda: [
-        ((zeros(size), alpha(3, grad=False), [2, 3, 4, 5], [60, 1, 15, 3], dtype, bits, 1), {})
+        ((zeros(size), alpha(3, grad=False), [2, 3, 4, 5], [60, 1, 15, 3], dtype, bits, 1, torch.ones(1)), {})
         for bits, size, dtype in [(1, 30, torch.float32), (4, 120, torch.bfloat16), (8, 240, torch.float64)]
     ],
     "_staircase_relu_backward": lambda: [
@@ -150,6 +150,7 @@ SAMPLES = {
     "_batch_norm": lambda: [
         ((x(), x(3), x(3), x(3, grad=False), torch.ones(3), 0.1, 1e-5), {}),
     ],
+    "_in_backward": lambda: [((x(grad=False), torch.ones(1)), {})],
     "_with_size": lambda: [((x(grad=False), [2, 3, 4, 5]), {})],
     "_feature_affinity_loss": lambda: [((x(grad=False), x(grad=False), "l1", "mean", 1e-5), {})],
     "_fast_feature_affinity_loss": lambda: [

@@ -48,7 +48,7 @@ TORCH_LIBRARY(qat, m) {
       tags);
   m.def(
       "_staircase_relu_rebuild(Tensor codes, Tensor alpha, SymInt[] size, SymInt[] stride, ScalarType dtype, "
-      "int bits, int channel_dim) -> Tensor",
+      "int bits, int channel_dim, Tensor grad) -> Tensor",
       tags);
   m.def(
       "_staircase_relu_backward(Tensor grad, Tensor saved, Tensor alpha, SymInt[] size, SymInt[] stride, int "
@@ -62,6 +62,7 @@ TORCH_LIBRARY(qat, m) {
       "_batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, "
       "Tensor(b!) running_var, float momentum, float eps) -> Tensor",
       tags);
+  m.def("_in_backward(Tensor tensor, Tensor grad) -> Tensor", tags);
   m.def("_with_size(Tensor grad, SymInt[] size) -> Tensor", tags);
   m.def("_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", tags);
   m.def(

@@ -75,8 +75,9 @@ std::tuple<at::Tensor, at::Tensor> forward_keeping(const at::Tensor& x, const at
 }
 
 at::Tensor rebuild(const at::Tensor& codes, const at::Tensor& alpha, c10::SymIntArrayRef size,
-                   c10::SymIntArrayRef stride, at::ScalarType dtype, int64_t bits, int64_t channel_dim) {
-  auto y = staircase_relu_rebuild_meta(codes, alpha, size, stride, dtype, bits, channel_dim);
+                   c10::SymIntArrayRef stride, at::ScalarType dtype, int64_t bits, int64_t channel_dim,
+                   const at::Tensor& grad) {
+  auto y = staircase_relu_rebuild_meta(codes, alpha, size, stride, dtype, bits, channel_dim, grad);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "staircase_relu_cpu", [&] {
     const AlphaOf<at::opmath_type<scalar_t>> steps(alpha, y, alpha_channel_dim(y, alpha, channel_dim), bits);
     const auto* from = codes.const_data_ptr<uint8_t>();

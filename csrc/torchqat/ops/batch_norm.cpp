@@ -19,7 +19,7 @@ struct BatchNorm {
   static constexpr std::string_view op = "batch_norm";
 
   torch::autograd::variable_list derivatives(const at::Tensor& grad, const IsNeeded& is_needed) const {
-    const auto x = input->make();
+    const auto x = input->make(grad);
     const auto w = weight.get();
     const auto m = mean.get();
     const auto s = invstd.get();

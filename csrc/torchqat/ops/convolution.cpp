@@ -1,3 +1,4 @@
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -24,17 +25,20 @@ auto dispatched() {
 struct Convolution : RecipeOf<Convolution> {
   static constexpr std::string_view op = "convolution";
 
-  at::Tensor make() const override {
-    const auto x = input->make();
-    const auto w = weight.get();
+  at::Tensor make(const at::Tensor& grad) const override {
+    const auto x = input->make(grad);
+    auto w = weight.get();
     const auto b = bias.get();
     at::AutoDispatchBelowADInplaceOrView below_autograd;
+    if (at::isTensorSubclassLike(grad))
+      w = in_backward(w, grad);  // a compiler's: the input may be kept as it is
     return at::convolution_symint(x, w, b, stride, padding, dilation, /*transposed=*/false, zeros(), groups);
   }
   torch::autograd::variable_list derivatives(const at::Tensor& grad, const IsNeeded& is_needed) const {
     const auto w = weight.get();
     // Its values matter to the gradient of the weight alone.
-    const auto x = is_needed(1) ? input->make() : at::empty_strided_symint(size, x_stride, grad.options());
+    const auto x =
+        is_needed(1) ? input->make(grad) : at::empty_strided_symint(size, x_stride, grad.options());
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const std::vector<c10::SymInt> bias_sizes{w.sym_size(0)};
     auto [grad_x, grad_w, grad_b] = at::convolution_backward_symint(

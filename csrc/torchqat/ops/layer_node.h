@@ -20,8 +20,12 @@ using IsNeeded = std::function<bool(size_t)>;
 // traces.
 at::Tensor with_size(const at::Tensor& grad, c10::SymIntArrayRef size);
 
-// The backward pass of a layer. K is a copy of what it keeps, saved: K::op is the layer's name in messages,
-// and K::derivatives(grad, is_needed) calls dispatcher operators only.
+// A copy of a tensor, for which compilers see that it is made in backward: what is computed of it is not
+// kept.
+at::Tensor in_backward(const at::Tensor& tensor, const at::Tensor& grad);
+
+// The backward pass of an operator. K is a copy of what it keeps, saved: K::op is the operator's name in
+// messages, and K::derivatives(grad, is_needed) calls dispatcher operators only.
 template <typename K>
 struct LayerNode : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
@@ -63,7 +67,7 @@ struct LayerNode : torch::autograd::Node {
   std::vector<c10::SymInt> size;  // of the result
 };
 
-// Gives a layer's result its history: what backward keeps, and what the layer has read.
+// Gives an operator's result its history: what backward keeps, and what the operator has read.
 template <typename K>
 void set_layer_history(const at::Tensor& result, std::shared_ptr<K> kept, torch::autograd::edge_list edges) {
   auto node = make_node<LayerNode<K>>();

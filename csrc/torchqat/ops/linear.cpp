@@ -21,7 +21,7 @@ struct Linear {
 
   // The products that torch takes, in its order.
   torch::autograd::variable_list derivatives(const at::Tensor& grad, const IsNeeded& is_needed) const {
-    const auto x = is_needed(1) ? input->make() : at::Tensor();
+    const auto x = is_needed(1) ? input->make(grad) : at::Tensor();
     const auto w = weight.get();
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const auto rows = grad.flatten(0, -2);

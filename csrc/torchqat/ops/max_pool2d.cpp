@@ -39,8 +39,8 @@ struct Pooling {
 
 // Its result: those elements.
 struct Pooled : RecipeOf<Pooled> {
-  at::Tensor make() const override {
-    const auto x = input->make();
+  at::Tensor make(const at::Tensor& grad) const override {
+    const auto x = input->make(grad);
     const auto where = indices.get().to(at::kLong);
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return x.flatten(2).gather(2, where.flatten(2)).view_symint(where.sym_sizes()).contiguous(format);

@@ -26,7 +26,9 @@ const void* saved_tensor_hooks() {
 
 // A view, from the tensor that it is a view of.
 struct View : RecipeOf<View> {
-  at::Tensor make() const override { return base->make().as_strided_symint(size, stride, offset); }
+  at::Tensor make(const at::Tensor& grad) const override {
+    return base->make(grad).as_strided_symint(size, stride, offset);
+  }
   void each_field(auto&& f) { each(f, base, size, stride, offset); }
 
   std::shared_ptr<Recipe> base;
@@ -36,7 +38,7 @@ struct View : RecipeOf<View> {
 
 // A tensor in another dtype.
 struct Cast : RecipeOf<Cast> {
-  at::Tensor make() const override { return base->make().to(dtype); }
+  at::Tensor make(const at::Tensor& grad) const override { return base->make(grad).to(dtype); }
   void each_field(auto&& f) { each(f, base, dtype); }
 
   std::shared_ptr<Recipe> base;
@@ -46,6 +48,7 @@ struct Cast : RecipeOf<Cast> {
 }  // namespace
 
 void attach_recipe(const at::Tensor& tensor, std::shared_ptr<Recipe> recipe) {
+  TORCH_INTERNAL_ASSERT(tensor.grad_fn() && !tensor.is_view());
   auto record = std::make_unique<RecordWithRecipe>();
   record->recipe = std::move(recipe);
   record->version = tensor._version();

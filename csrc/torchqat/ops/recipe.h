@@ -41,8 +41,10 @@ class Ingredient {
 struct Recipe {
   virtual ~Recipe() = default;
 
-  // The tensor: values, dtype and strides. Calls dispatcher operators only.
-  virtual at::Tensor make() const = 0;
+  // The tensor: values, dtype and strides. Calls dispatcher operators only. What computes it gets the
+  // gradient that backward has begun with, and does not read it: compilers run what depends on no gradient in
+  // the forward pass, and keep the result.
+  virtual at::Tensor make(const at::Tensor& grad) const = 0;
   // A copy for a node to keep.
   virtual std::shared_ptr<Recipe> saved() const = 0;
   // Whether all that it begins with is as it was when the tensor was made.
@@ -129,13 +131,13 @@ struct RecipeOf : Recipe {
 
 // A tensor that is kept as it is.
 struct Whole : RecipeOf<Whole> {
-  at::Tensor make() const override { return tensor.get(); }
+  at::Tensor make(const at::Tensor&) const override { return tensor.get(); }
   void each_field(auto&& f) { each(f, tensor); }
 
   Ingredient tensor;
 };
 
-// Leaves a recipe with a tensor, whose history it keeps. It lives as long as the tensor.
+// Leaves a recipe with the new result of an operator, whose history it keeps. It lives as long as the tensor.
 void attach_recipe(const at::Tensor& tensor, std::shared_ptr<Recipe> recipe);
 
 // The recipe of a tensor, or of a view of one that has a recipe; null where there is none, or where something

@@ -5,8 +5,8 @@
 
 #include "torchqat/math/step_codes.h"
 #include "torchqat/ops/dtypes.h"
+#include "torchqat/ops/layer_node.h"
 #include "torchqat/ops/not_differentiable.h"
-#include "torchqat/ops/recipe.h"
 #include "torchqat/ops/ste.h"
 
 namespace torchqat {
@@ -36,6 +36,13 @@ void check(std::string_view op, const at::Tensor& x, const at::Tensor& alpha, in
                    x.scalar_type());
   TORCH_CHECK_VALUE(1 <= bits && bits <= 8, op, ": bits must be in 1..8, got ", bits);
   check_alpha(op, x, alpha, channel_dim);
+}
+
+void check_kept(std::string_view op, const at::Tensor& kept, c10::SymIntArrayRef size, int code_bits) {
+  const auto bytes = math::code_bytes(c10::multiply_integers(size), code_bits);
+  TORCH_CHECK_VALUE(kept.scalar_type() == at::kByte && kept.is_contiguous() && kept.sym_numel() == bytes, op,
+                    ": what is kept must be ", bytes, " contiguous bytes for size ", size, ", got ",
+                    kept.sym_numel(), " of ", kept.scalar_type());
 }
 
 // Typed handles into the dispatcher.
@@ -69,11 +76,11 @@ auto public_op() {
 
 // y, from its codes.
 struct Steps : RecipeOf<Steps> {
-  at::Tensor make() const override {
+  at::Tensor make(const at::Tensor& grad) const override {
     const auto codes_now = codes.get();  // with autograd on: checkpointing computes it again here
     const auto alpha_now = alpha.get();
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return rebuild_op().call(codes_now, alpha_now, size, stride, dtype, bits, channel_dim);
+    return rebuild_op().call(codes_now, alpha_now, size, stride, dtype, bits, channel_dim, grad);
   }
   void each_field(auto&& f) { each(f, codes, alpha, size, stride, dtype, bits, channel_dim); }
 
@@ -84,67 +91,27 @@ struct Steps : RecipeOf<Steps> {
   int64_t channel_dim = 0;
 };
 
-struct StaircaseReluBackward : torch::autograd::Node {
-  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
-    torch::autograd::variable_list result(2);
-    if (!grads[0].defined()) return result;
-    const std::lock_guard lock(mutex_);
-    auto [grad_x, grad_alpha] = derivatives(grads[0]);
-    if (task_should_compute_output(0)) result[0] = std::move(grad_x);
-    if (task_should_compute_output(1)) result[1] = std::move(grad_alpha);
-    if (at::GradMode::is_enabled()) {
-      auto inputs = next_edges();
-      inputs.push_back(torch::autograd::impl::gradient_edge(grads[0]));
-      refuse_second_derivative("staircase_relu", result, std::move(inputs));
-    }
-    return result;
-  }
-  std::tuple<at::Tensor, at::Tensor> derivatives(const at::Tensor& grad) {
-    const auto saved_now = saved.unpack();  // with autograd on: checkpointing computes it again here
-    const auto alpha_now = alpha.unpack();
+// What the staircase itself keeps.
+struct StaircaseRelu {
+  static constexpr std::string_view op = "staircase_relu";
+
+  torch::autograd::variable_list derivatives(const at::Tensor& grad, const IsNeeded& is_needed) const {
+    const auto saved_now = saved.get();
+    const auto alpha_now = alpha.get();
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return backward_op().call(grad, saved_now, alpha_now, size, stride, bits, ste, alpha_grad, channel_dim,
-                              codes);
+    auto [grad_x, grad_alpha] = backward_op().call(grad, saved_now, alpha_now, size, stride, bits, ste,
+                                                   alpha_grad, channel_dim, codes);
+    return {is_needed(0) ? grad_x : at::Tensor(), is_needed(1) ? grad_alpha : at::Tensor()};
   }
-  void release_variables() override {
-    const std::lock_guard lock(mutex_);
-    saved.reset_data();
-    alpha.reset_data();
-  }
-  std::string name() const override { return "StaircaseReluBackward"; }
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(saved, /*is_output=*/false);
-    args.collect(alpha, /*is_output=*/false);
-    args.collect(size);
-    args.collect(stride);
-    args.collect(bits);
-    args.collect(ste);
-    args.collect(alpha_grad);
-    args.collect(channel_dim);
-    args.collect(codes);
-  }
-  torch::autograd::variable_list apply_with_saved(
-      const torch::autograd::variable_list& grads,
-      torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    swap.before(saved);
-    swap.before(alpha);
-    swap.before(size);
-    swap.before(stride);
-    auto result = apply(torch::autograd::variable_list(grads));
-    swap.after(saved);
-    swap.after(alpha);
-    swap.after(size);
-    swap.after(stride);
-    return result;
+  void each_field(auto&& f) {
+    each(f, saved, alpha, size, stride, bits, ste, alpha_grad, channel_dim, codes);
   }
 
-  torch::autograd::SavedVariable saved;  // packed regions or codes, or x
-  torch::autograd::SavedVariable alpha;
-  std::vector<c10::SymInt> size;  // of y, and its strides: how what is packed is ordered
-  std::vector<c10::SymInt> stride;
+  Ingredient saved;  // packed regions or codes, or x
+  Ingredient alpha;
+  std::vector<c10::SymInt> size, stride;  // of y: how what is packed is ordered
   int64_t bits = 0;
-  std::string ste;
-  std::string alpha_grad;
+  std::string ste, alpha_grad;
   int64_t channel_dim = 0;
   bool codes = false;
 };
@@ -171,24 +138,23 @@ at::Tensor staircase_relu_autograd(const at::Tensor& x, const at::Tensor& alpha,
     }
   }
   if (!differentiate) return y;
-  auto node = make_node<StaircaseReluBackward>();
-  node->set_next_edges(torch::autograd::collect_next_edges(x, alpha));
-  node->saved = torch::autograd::SavedVariable(from_x ? x : kept, /*is_output=*/false);
-  node->alpha = torch::autograd::SavedVariable(alpha, /*is_output=*/false);
-  node->size = y.sym_sizes().vec();
-  node->stride = y.sym_strides().vec();
-  node->bits = bits;
-  node->ste = ste;
-  node->alpha_grad = alpha_grad;
-  node->channel_dim = channel_dim;
-  node->codes = codes;
-  torch::autograd::set_history(y, node);
+  StaircaseRelu backward;
+  backward.saved = from_x ? x : kept;
+  backward.alpha = alpha;
+  backward.size = y.sym_sizes().vec();
+  backward.stride = y.sym_strides().vec();
+  backward.bits = bits;
+  backward.ste = ste;
+  backward.alpha_grad = alpha_grad;
+  backward.channel_dim = channel_dim;
+  backward.codes = codes;
+  set_layer_history(y, saved_copy(backward), torch::autograd::collect_next_edges(x, alpha));
   if (codes) {
     auto steps = std::make_shared<Steps>();
     steps->codes = kept;
     steps->alpha = alpha;
-    steps->size = node->size;
-    steps->stride = node->stride;
+    steps->size = backward.size;
+    steps->stride = backward.stride;
     steps->dtype = y.scalar_type();
     steps->bits = bits;
     steps->channel_dim = channel_dim;
@@ -236,16 +202,10 @@ std::tuple<at::Tensor, at::Tensor> staircase_relu_forward_meta(const at::Tensor&
   return {at::empty_like(x), at::empty_symint({bytes}, x.options().dtype(at::kByte))};
 }
 
-static void check_kept(std::string_view op, const at::Tensor& kept, c10::SymIntArrayRef size, int code_bits) {
-  const auto bytes = math::code_bytes(c10::multiply_integers(size), code_bits);
-  TORCH_CHECK_VALUE(kept.scalar_type() == at::kByte && kept.is_contiguous() && kept.sym_numel() == bytes, op,
-                    ": what is kept must be ", bytes, " contiguous bytes for size ", size, ", got ",
-                    kept.sym_numel(), " of ", kept.scalar_type());
-}
-
 at::Tensor staircase_relu_rebuild_meta(const at::Tensor& codes, const at::Tensor& alpha,
                                        c10::SymIntArrayRef size, c10::SymIntArrayRef stride,
-                                       at::ScalarType dtype, int64_t bits, int64_t channel_dim) {
+                                       at::ScalarType dtype, int64_t bits, int64_t channel_dim,
+                                       const at::Tensor& /*grad*/) {
   check_kept("_staircase_relu_rebuild", codes, size, kept_bits(bits, /*codes=*/true));
   auto y = at::empty_strided_symint(size, stride, codes.options().dtype(dtype));
   TORCH_CHECK_VALUE(y.is_non_overlapping_and_dense(), "_staircase_relu_rebuild: stride ", stride,

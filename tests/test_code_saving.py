@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchqat
 from example_programs import imported
+from kept_bytes import bytes_kept, kept
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -51,25 +52,6 @@ def results(model, *inputs, forward=None):
         *(v.grad for v in inputs),
         *(p.grad for p in model.parameters() if p.grad is not None),
     ]
-
-
-def kept(forward):
-    """The tensors that autograd saves in a forward pass, each piece of memory once."""
-    found = {}
-
-    def pack(tensor):
-        found[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()
-    return list(found.values()), result
-
-
-def bytes_kept(model, *inputs):
-    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    tensors, _ = kept(lambda: model(*inputs))
-    return sum(t.untyped_storage().nbytes() for t in tensors if t.untyped_storage().data_ptr() not in own)
 
 
 def assert_same(a, b):

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torchqat
 from example_programs import imported
+from kept_bytes import bytes_kept
 from torch import nn
 from torch.nn import functional as F
 from torchqat.nn import QuantBatchNorm2d, QuantConv2d, QuantLinear, QuantMaxPool2d, StaircaseReLU
@@ -170,8 +172,12 @@ def test_excluded_and_foreign_layers_are_left_alone():
     model(torch.randn(2, 3, 4, 4)).sum().backward()
 
 
+def plain_model():
+    return nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1))
+
+
 def test_twice_changes_nothing():
-    model = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1))
+    model = plain_model()
     first = report_of(model, recompute=True)
     second = report_of(model, recompute=True)
     assert first.paired == second.paired
@@ -208,6 +214,67 @@ def test_recomputing_needs_codes():
     assert type(model[1]) is nn.Conv2d and not model[0].save_codes and model.prepare_report.paired == []
 
 
+def test_the_last_call_says_whether_codes_are_kept():
+    model = plain_model()
+    report_of(model, recompute=True)
+    report_of(model, save_codes=False, exclude="3")
+    assert [model[i].save_codes for i in (0, 3)] == [False, True] and not model[1].recompute
+    x = torch.randn(2, 3, 4, 4)
+    report_of(model, save_codes=False)
+    assert bytes_kept(model, x) == bytes_kept(torchqat.prepare(plain_model(), 2, save_codes=False), x)
+    report_of(model)
+    assert bytes_kept(model, x) == bytes_kept(torchqat.prepare(plain_model(), 2), x)
+
+
+class Classic(nn.Module):
+    """As tutorials write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.linear = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(16, 2)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.first(x)), 2)
+        x = F.max_pool2d(F.relu(self.second(x)), (2, 2), ceil_mode=True)
+        return self.linear(torch.flatten(x, 1))
+
+
+def test_pooling_that_is_called_as_a_function():
+    model, x = Classic(), torch.randn(3, 1, 12, 12)
+    floats = copy.deepcopy(model)
+    report = report_of(model)
+    assert report.paired == ["relu, relu_1 -> F.max_pool2d", "relu -> second", "relu_1 -> linear"]
+    assert report.not_paired == ["first: it reads the model's input"]
+    assert report_of(model).paired == report.paired
+    twin = torchqat.prepare(floats, 2, save_codes=False)
+    assert bytes_kept(model, x) < 0.5 * bytes_kept(twin, x)
+    twin(x).square().sum().backward()
+    for net in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        net.zero_grad()
+        net(x).square().sum().backward()
+        for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad)
+    targets = {str(node.target) for node in torch.export.export(model.eval(), (x,)).graph.nodes}
+    assert not any("qat._max_pool2d" in target for target in targets)
+
+
+def test_pooling_that_is_left_alone():
+    model = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 3, 1))
+    report = report_of(model, exclude="1")
+    assert report.paired == []
+    assert report.not_paired[1] == "2: it reads the output of 1, which is excluded"
+
+
+def test_a_network_that_recomputes_is_traced_as_torchs_own_layers_are():
+    model, x = torchqat.prepare(plain_model(), 2, recompute=True), torch.randn(2, 3, 4, 4)
+    traced = torch.fx.symbolic_trace(model)
+    assert isinstance(traced.get_submodule("2"), QuantBatchNorm2d)
+    a, b = model(x), traced(x)
+    assert (
+        torch.equal(a, b) and traced.get_submodule("2").num_batches_tracked == 2
+    )  # one module, called twice
+
+
 def test_recomputing_convolutions_that_others_read_too():
     class Both(nn.Module):
         def __init__(self):
@@ -231,21 +298,6 @@ def test_recomputing_convolutions_that_others_read_too():
 # ------------------------------------------------------------------------------------------------------- memory
 
 
-def counted(model, x):
-    """The bytes that autograd saves, counted as in no other place."""
-    own = [t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())]
-    saved = {}
-
-    def pack(t):
-        if t.untyped_storage().data_ptr() not in own:
-            saved[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = model(x)
-    return sum(size for size, _ in saved.values()), y
-
-
 @pytest.fixture
 def models(monkeypatch):
     with imported("models", monkeypatch) as module:
@@ -261,11 +313,11 @@ def test_a_quantized_network_keeps_less_than_the_float_one(models, name, size, b
     for module in floats.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = True
-    expected, _ = counted(floats, x)
+    expected = bytes_kept(floats, x)
     for recompute, bound in ((False, most), (True, least)):
         model = torchqat.prepare(copy.deepcopy(network), bits, recompute=recompute)
         report = torchqat.memory_report(model, x)
-        ours, _ = counted(model, x)
+        ours = bytes_kept(model, x)
         assert (report.bytes, report.float_bytes) == (ours, expected)
         assert report.ratio == ours / expected <= bound
 

@@ -13,11 +13,12 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from torchqat import _rewrite
-from torchqat.nn.quant_layers import QUANT_LAYERS, why_floats
+from torchqat.nn.quant_layers import QUANT_LAYERS, max_pool2d, why_floats
 from torchqat.nn.staircase_relu import StaircaseReLU
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 POOLS = (nn.MaxPool2d,)
+POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d, max_pool2d)
 READERS = (*CONVOLUTIONS, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -47,6 +48,7 @@ class Edges:
 
     Attributes:
         reads: what each layer that could keep codes reads, by the name of the layer; one entry per call.
+        pool_calls: what the calls of F.max_pool2d in the forward of each module read.
         normalizes: the convolutions whose results each batch normalization reads.
         foreign: layers of classes derived from those that could keep codes; why they are left alone.
         assumed: layers inside modules whose forward does not trace, taken to be called in the order of their
@@ -54,13 +56,14 @@ class Edges:
     """
 
     reads: dict[str, list] = field(default_factory=dict)
+    pool_calls: dict[str, list] = field(default_factory=dict)
     normalizes: dict[str, list] = field(default_factory=dict)
     foreign: dict[str, str] = field(default_factory=dict)
     assumed: dict[str, str] = field(default_factory=dict)
 
 
-def find_edges(model: nn.Module) -> Edges:
-    walk = _Walk()
+def find_edges(model: nn.Module, left_alone: Callable[[str], bool]) -> Edges:
+    walk = _Walk(left_alone)
     walk.module("", model, [Other("the model's input")])
     return walk.edges
 
@@ -71,7 +74,8 @@ def plain_class(module: nn.Module) -> type:
 
 
 class _Walk:
-    def __init__(self):
+    def __init__(self, left_alone: Callable[[str], bool]):
+        self.left_alone = left_alone
         self.edges = Edges()
         self.untraceable: str | None = None
 
@@ -85,7 +89,7 @@ class _Walk:
             return first
         if kind in POOLS:
             self._reads(path, first)
-            return first if isinstance(first, Steps) else Other(f"the output of {path}")
+            return self._pooled(path, f"the output of {path}", first)
         if kind in READERS:
             self._reads(path, first)
             return Other(f"the output of {path}", path if kind in CONVOLUTIONS else None)
@@ -114,6 +118,12 @@ class _Walk:
         if self.untraceable is not None:
             self.edges.assumed[path] = self.untraceable
 
+    def _pooled(self, path: str, what: str, value):
+        """A max of codes is a code."""
+        if self.left_alone(path) and isinstance(value, Steps):
+            return Other(f"{what}, which is excluded")
+        return value if isinstance(value, Steps) else Other(what)
+
     def _in_order(self, path: str, module: nn.Module, value):
         for name, child in module.named_children():
             value = self.module(_join(path, name), child, [value])
@@ -133,6 +143,9 @@ class _Walk:
             elif node.op == "output":
                 one = len(node.all_input_nodes) == 1 and node.args[0] is node.all_input_nodes[0]
                 return first if one else Other(f"one of several outputs of {path or 'the model'}")
+            elif node.op == "call_function" and node.target in POOL_FUNCTIONS:
+                self.edges.pool_calls.setdefault(path, []).append(first)
+                values[node] = self._pooled(path, "the result of max_pool2d", first)
             elif _passes(node):
                 values[node] = first
             else:
@@ -157,12 +170,27 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
+def unpair(model: nn.Module, left_alone: Callable[[str], bool]) -> None:
+    """Takes back what an earlier call has asked for: the layers are then the plain ones."""
+    for name, module in model.named_modules():
+        if not left_alone(name):
+            for setting in ("save_codes", "recompute"):
+                if hasattr(module, setting) and isinstance(module, (StaircaseReLU, *QUANT_LAYERS.values())):
+                    setattr(module, setting, False)
+
+
 def pair(model: nn.Module, left_alone: Callable[[str], bool], recompute: bool) -> tuple[list[str], list[str]]:
     """Makes the layers that read staircases keep codes; returns what was paired and what was not, in words."""
-    edges = find_edges(model)
+    edges = find_edges(model, left_alone)
     modules = dict(model.named_modules())
     paired, feeding = [], set()
     not_paired = [f"{path}: {reason}" for path, reason in edges.foreign.items()]
+    for path, values in edges.pool_calls.items():
+        steps = [value for value in values if isinstance(value, Steps)]
+        if steps and not left_alone(path):
+            _rewrite.replace_calls(modules[path], POOL_FUNCTIONS, max_pool2d)
+            names = sorted({name for value in steps for name in value.staircases})
+            paired.append(f"{', '.join(names)} -> {_join(path, 'F.max_pool2d')}")
     for path, values in edges.reads.items():
         others = [f"it reads {value.what}" for value in values if isinstance(value, Other)]
         floats = why_floats(modules[path])
@@ -175,11 +203,9 @@ def pair(model: nn.Module, left_alone: Callable[[str], bool], recompute: bool) -
         feeding.update(staircases)
         assumed = f" (assumed: {edges.assumed[path]})" if path in edges.assumed else ""
         paired.append(f"{', '.join(staircases)} -> {path}{assumed}")
-    for name, module in modules.items():
-        if isinstance(module, StaircaseReLU) and not left_alone(name):
-            module.save_codes = name in feeding
-        elif hasattr(module, "recompute") and not left_alone(name):
-            module.recompute = False  # of an earlier call
+    for name in feeding:
+        if not left_alone(name):
+            modules[name].save_codes = True
     if recompute:
         paired += _recompute(edges, modules, left_alone)
     return paired, not_paired

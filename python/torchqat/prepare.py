@@ -133,6 +133,7 @@ def prepare(
             report.replaced += [_join(name, slot) for slot in added]
         except _rewrite.Untraceable as reason:
             _report_untraced(name, owner, made, str(reason), report)
+    _pairing.unpair(model, left_alone)
     if save_codes:
         report.paired, report.not_paired = _pairing.pair(model, left_alone, recompute)
     model.prepare_report = report

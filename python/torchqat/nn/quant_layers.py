@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
@@ -109,6 +109,21 @@ class QuantLinear(nn.Linear):
         return torch.ops.qat._linear(input, self.weight, self.bias)
 
 
+def max_pool2d(
+    input: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+):
+    """``torch.nn.functional.max_pool2d`` as :class:`QuantMaxPool2d` does it; what `prepare` puts in its place."""
+    arguments = (kernel_size, stride, padding, dilation, ceil_mode)
+    if isinstance(input, fx.Proxy):  # as torch's own, it stays one call
+        return input.tracer.create_proxy("call_function", max_pool2d, (input, *arguments, return_indices), {})
+    if return_indices or _is_recorded():
+        return F.max_pool2d(input, *arguments, return_indices)
+    stride = kernel_size if stride is None else stride
+    return torch.ops.qat._max_pool2d(
+        input, _pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation), ceil_mode
+    )
+
+
 class QuantMaxPool2d(nn.MaxPool2d):
     """``torch.nn.MaxPool2d`` that, of an input on the steps of a staircase, keeps the places of the maxima
     alone, in the smallest integer type that holds them. Layers that read the result go on with the codes of
@@ -122,16 +137,21 @@ class QuantMaxPool2d(nn.MaxPool2d):
     """
 
     def forward(self, input: Tensor):
-        if self.return_indices or _is_recorded():
-            return super().forward(input)
-        kernel_size, stride = _pair(self.kernel_size), _pair(self.stride)
-        return torch.ops.qat._max_pool2d(
-            input, kernel_size, stride, _pair(self.padding), _pair(self.dilation), self.ceil_mode
+        return max_pool2d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.ceil_mode,
+            self.return_indices,
         )
 
 
 class _QuantBatchNorm:
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):  # as torch's own, it stays one call
+            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
         tracks = self.training and self.track_running_stats and self.running_mean is not None
         if not (tracks and self.affine) or _is_recorded():
             return super().forward(input)

@@ -1,6 +1,6 @@
 """Which batch fits: trains in processes that may take so much memory and no more.
 
-    python benchmarks/larger_batch.py                       ResNet-20, 256 images in float, 384 and 768 quantized
+    python benchmarks/larger_batch.py            ResNet-20, 256 images in float, 384 and 768 quantized
     python benchmarks/larger_batch.py --memory 400 --batch 128
 
 Each process gets an address space of what it has when everything is set up, and --memory MiB more

@@ -125,7 +125,7 @@ def with_weights(conv, quantize):
 
 
 def torch_network(model, bits):
-    """PyTorch's own fake quantization: 8-bit weights per channel, activations of the bits with moving ranges."""
+    """PyTorch's own fake quantization: 8-bit weights per channel, activations with moving ranges."""
     quantization = require("torch.ao.quantization")
 
     def make(module):

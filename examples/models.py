@@ -56,8 +56,8 @@ def resnet20(channels: int, size: int, classes: int, width: float = 1) -> nn.Seq
 
 
 def resnet18(channels: int, size: int, classes: int, width: float = 1) -> nn.Sequential:
-    """ResNet-18 (He et al. 2016), whose shortcuts are convolutions where the width grows. Images narrower than
-    64 pixels begin with a 3 x 3 convolution and are not pooled, as is usual for CIFAR-10."""
+    """ResNet-18 (He et al. 2016), whose shortcuts are convolutions where the width grows. Images narrower
+    than 64 pixels begin with a 3 x 3 convolution and are not pooled, as is usual for CIFAR-10."""
     widths = [round(width * n) for n in (64, 128, 256, 512)]
     layers, before = _conv(channels, widths[0], 3), widths[0]
     if size >= 64:
@@ -70,7 +70,7 @@ def resnet18(channels: int, size: int, classes: int, width: float = 1) -> nn.Seq
 
 
 def mobilenet(channels: int, size: int, classes: int, width: float = 1) -> nn.Sequential:
-    """A small network of depthwise convolutions, each followed by one across channels (Howard et al. 2017)."""
+    """Small: depthwise convolutions, each followed by one across channels (Howard et al. 2017)."""
     first, second, third, fourth = (round(width * n) for n in (32, 64, 128, 256))
     layers, before = _conv(channels, first, 3, stride=2 if size >= 64 else 1), first
     for out, stride in ((second, 1), (third, 2), (third, 1), (fourth, 2), (fourth, 1)):

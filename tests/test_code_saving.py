@@ -85,7 +85,7 @@ def images(*shape):
     return torch.randn(shape or (2, 3, 9, 8))
 
 
-# ------------------------------------------------------------------------------------------- whole networks
+# --------------------------------------------------------------------------------------------- whole networks
 
 NETWORKS = {
     "lenet5": (1, 16, 0.25),
@@ -165,7 +165,7 @@ def test_every_estimator_and_rule(ste, alpha_grad):
     assert_as_plain(block(3, ste=ste, alpha_grad=alpha_grad), images())
 
 
-# ---------------------------------------------------------------------------------------------------- layers
+# ----------------------------------------------------------------------------------------------------- layers
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_what_is_not_a_number_goes_the_same_way():
     assert_as_plain(nn.Sequential(nn.Identity(), QuantConv2d(3, 4, 3)), x, forward=without_a_step)
 
 
-# ------------------------------------------------------------------------------- what may not go wrong silently
+# ----------------------------------------------------------------------------- what may not go wrong silently
 
 
 def op_level(alpha, conv, x):
@@ -315,7 +315,7 @@ def test_a_weight_changed_in_place_is_caught():
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_what_a_recipe_begins_with_changed_before_it_is_read(recompute):
-    """A step size or a weight that is written into between producer and reader: the reader keeps what it reads."""
+    """A step size or a weight, written into between producer and reader: the reader keeps what it reads."""
     x = images()
     if recompute:
         conv, norm = QuantConv2d(3, 4, 3), torchqat.nn.QuantBatchNorm2d(4)
@@ -447,7 +447,7 @@ def test_the_private_operators_read_no_more_than_they_are_given():
         )
 
 
-# ------------------------------------------------------------------------------------- graphs and their memory
+# ------------------------------------------------------------------------------------ graphs and their memory
 
 
 def test_backward_twice_needs_the_graph():
@@ -558,7 +558,7 @@ def test_autocast(network, dtype, recompute, device):
 
 @pytest.fixture
 def one_layout():
-    """Inductor lays out each convolution as it likes, and so a recomputed one in another way than the first."""
+    """Inductor lays out each convolution as it likes, and a recomputed one in another way than the first."""
     from torch._inductor import config
 
     torch._dynamo.reset()
@@ -695,20 +695,25 @@ def test_tracing_has_torchs_own_layers():
     assert "aten::_convolution" in kinds and "qat::_convolution" not in kinds
 
 
-def test_distributed_data_parallel(tmp_path):
-    store = f"file://{tmp_path}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
-        model = block()
-        twin = plain_twin(model)
-        parallel = nn.parallel.DistributedDataParallel(model)
-        x = images()
-        assert_same(results(model, x, forward=parallel), results(twin, x))
-    finally:
-        torch.distributed.destroy_process_group()
+def _train_in_parallel(rank, store, recompute):
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(normalized(recompute), nn.Flatten(), nn.Linear(100, 10))
+    twin, alone = plain_twin(model), copy.deepcopy(model)
+    torch.manual_seed(rank)
+    x = images(4, 3, 9, 8)
+    trained = [train(nn.parallel.DistributedDataParallel(net), x, 3) for net in (model, twin)]
+    assert_same(*trained)
+    assert not torch.equal(trained[0][4], train(alone, x, 3)[4])  # the other rank's images count
+    torch.distributed.destroy_process_group()
 
 
-# -------------------------------------------------------------------------------------------------- recomputing
+@pytest.mark.parametrize("recompute", [False, True])
+def test_distributed_data_parallel(tmp_path, recompute):
+    torch.multiprocessing.spawn(_train_in_parallel, (f"file://{tmp_path}/store", recompute), nprocs=2)
+
+
+# ------------------------------------------------------------------------------------------------ recomputing
 
 
 def normalized(recompute=True, norm=None):
@@ -766,7 +771,7 @@ def test_a_recomputed_block_keeps_codes_and_statistics_alone():
     assert sorted(t.numel() for t in codes) == sorted([2 * 4 * 18 * 18 // 2, y.numel() // 4])
 
 
-# -------------------------------------------------------------------------------------------------- as modules
+# ------------------------------------------------------------------------------------------------- as modules
 
 
 def test_a_layer_of_torch_becomes_ours_and_back():

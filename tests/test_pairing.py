@@ -295,7 +295,7 @@ def test_recomputing_convolutions_that_others_read_too():
         assert torch.equal(a.grad, b.grad)
 
 
-# ------------------------------------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------------------------------- memory
 
 
 @pytest.fixture
@@ -307,7 +307,7 @@ def models(monkeypatch):
 @pytest.mark.parametrize("bits, most, least", [(2, 0.65, 0.15), (4, 0.65, 0.15)])
 @pytest.mark.parametrize("name, size", [("resnet20", 32), ("resnet18", 32), ("resnet18", 224)])
 def test_a_quantized_network_keeps_less_than_the_float_one(models, name, size, bits, most, least):
-    """At most 0.65 of the float network's bytes, recomputing at most 0.15; the report says what is counted."""
+    """At most 0.65 of the float network's bytes, recomputing 0.15; the report says what is counted."""
     network, x = models[name](3, size, 10), torch.randn(2, 3, size, size)
     floats = copy.deepcopy(network)
     for module in floats.modules():

@@ -1,8 +1,8 @@
 """Finds which layers of a model read the outputs of its staircases; what `prepare` pairs them by.
 
 The model is followed from module to module: those with a forward of their own are traced by themselves
-(torch.fx), as for `prepare`. What is found here decides what is kept for backward, never what is computed: the
-operators look for themselves whether their input is a staircase's output.
+(torch.fx), as for `prepare`. What is found here decides what is kept for backward, never what is computed:
+the operators look for themselves whether their input is a staircase's output.
 """
 
 from collections.abc import Callable
@@ -180,7 +180,7 @@ def unpair(model: nn.Module, left_alone: Callable[[str], bool]) -> None:
 
 
 def pair(model: nn.Module, left_alone: Callable[[str], bool], recompute: bool) -> tuple[list[str], list[str]]:
-    """Makes the layers that read staircases keep codes; returns what was paired and what was not, in words."""
+    """Makes the layers that read staircases keep codes; says what was paired and what was not."""
     edges = find_edges(model, left_alone)
     modules = dict(model.named_modules())
     paired, feeding = [], set()

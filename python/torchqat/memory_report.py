@@ -60,22 +60,22 @@ class MemoryReport:
         names = [layer.name or "(its own forward)" for layer in self.layers]
         width = max(map(len, ["layer", *names]))
         kinds = max(map(len, ["kind", *(layer.kind for layer in self.layers)]))
+
+        def columns(of: LayerMemory | MemoryReport) -> str:
+            return f"{of.float_bytes / size:12.3f}  {of.bytes / size:12.3f}"
+
         lines = [f"{'layer':{width}}  {'kind':{kinds}}  {'float, ' + unit:>12}  {'this, ' + unit:>12}"]
-        lines += [
-            f"{name:{width}}  {layer.kind:{kinds}}  {layer.float_bytes / size:12.3f}  {layer.bytes / size:12.3f}"
-            for name, layer in zip(names, self.layers, strict=True)
-        ]
-        total = f"{self.float_bytes / size:12.3f}  {self.bytes / size:12.3f}"
-        lines.append(
-            f"{'kept for backward':{width + kinds + 2}}  {total}  = {self.ratio:.3f} of the float network"
-        )
+        for name, layer in zip(names, self.layers, strict=True):
+            lines.append(f"{name:{width}}  {layer.kind:{kinds}}  {columns(layer)}")
+        total = f"{'kept for backward':{width + kinds + 2}}  {columns(self)}"
+        lines.append(f"{total}  = {self.ratio:.3f} of the float network")
         return "\n".join(lines)
 
 
 def memory_report(model: nn.Module, example_input: Tensor | tuple) -> MemoryReport:
-    """Counts the bytes that a network keeps between its forward and its backward pass, layer by layer, and the
-    same for the float network: with in-place ReLUs for the StaircaseReLUs, and torch's own layers for those
-    that keep codes.
+    """Counts the bytes that a network keeps between its forward and its backward pass, layer by layer, and
+    the same for the float network: with in-place ReLUs for the StaircaseReLUs, and torch's own layers for
+    those that keep codes.
 
     Copies of the model run forward once each, in training mode; the model itself, its statistics and the
     random state stay as they are. Counted is what autograd saves (``torch.autograd.graph

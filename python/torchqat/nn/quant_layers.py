@@ -9,8 +9,9 @@ from torch.nn.modules.utils import _pair
 
 
 def _is_recorded() -> bool:
-    """Whether the forward pass goes into a program for others to run, which knows torch's own layers alone."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    """Whether forward goes into a program for others to run, which knows torch's own layers alone."""
+    # torch 2.11's compiler takes is_exporting() for true: what it reads is asked instead.
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
 def zeros_around(conv: nn.Module) -> Any:
@@ -93,8 +94,8 @@ class QuantConv2d(_QuantConv, nn.Conv2d):
 
 
 class QuantLinear(nn.Linear):
-    """``torch.nn.Linear`` that keeps codes: what is said of :class:`QuantConv2d` holds. Inputs of two or three
-    dimensions, without gaps in memory; with others it is the plain layer.
+    """``torch.nn.Linear`` that keeps codes: what is said of :class:`QuantConv2d` holds. Inputs of two or
+    three dimensions, without gaps in memory; with others it is the plain layer.
 
     Example:
         >>> import torchqat
@@ -112,7 +113,7 @@ class QuantLinear(nn.Linear):
 def max_pool2d(
     input: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
 ):
-    """``torch.nn.functional.max_pool2d`` as :class:`QuantMaxPool2d` does it; what `prepare` puts in its place."""
+    """``torch.nn.functional.max_pool2d`` as :class:`QuantMaxPool2d` does it; `prepare` has it called."""
     arguments = (kernel_size, stride, padding, dilation, ceil_mode)
     if isinstance(input, fx.Proxy):  # as torch's own, it stays one call
         return input.tracer.create_proxy("call_function", max_pool2d, (input, *arguments, return_indices), {})

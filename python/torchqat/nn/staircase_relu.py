@@ -48,7 +48,8 @@ class StaircaseReLU(torch.nn.Module):
             other groups, the parameter may wander below, where forward goes on with ``alpha_min``.
         save_codes: keep the packed codes for backward, which :class:`QuantConv2d` and its like share: 2 bits
             an element with 1 bit, 4 with 2 and 3, 8 with 4 to 7, 16 with 8. ``False`` keeps 2 bits, for
-            layers that keep their own input (the rule ``exact`` needs the codes all the same). :func:`torchqat.prepare` sets it where it pays.
+            layers that keep their own input (the rule ``exact`` needs the codes all the same).
+            :func:`torchqat.prepare` sets it where it pays.
 
     Shape:
         any; with ``channels`` dimension 1 must have that size. The result has the input's shape and dtype.

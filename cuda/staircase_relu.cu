@@ -111,14 +111,14 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
                                              channel_dim, codes);
   const auto& [grad_x, grad_alpha] = result;
   const c10::cuda::CUDAGuard device(grad.device());
-  const int64_t n = grad.numel();
+  const int64_t n = grad_x.numel();
   if (n == 0) {
     grad_alpha.zero_();
     return result;
   }
   const auto upstream = laid_out_as(grad, grad_x);
   const auto kept = saved.scalar_type() == at::kByte ? saved : laid_out_as(saved, grad_x);
-  const auto view = channel_view(grad_x, alpha_channel_dim(grad, alpha, channel_dim));
+  const auto view = channel_view(grad_x, alpha_channel_dim(grad_x, alpha, channel_dim));
   const auto step = alpha.to(at::toOpMathType(grad.scalar_type())).contiguous();
   const auto partial =
       at::empty({view.channels, cuda::alpha_slices(view, n)}, grad.options().dtype(at::kDouble));

@@ -441,10 +441,13 @@ def test_the_private_operators_read_no_more_than_they_are_given():
         rebuild(codes, alpha, [16], [0], torch.float32, 2, 1, few)
     with pytest.raises(ValueError, match="alpha must have one element, or one for each of the 4 channels"):
         rebuild(codes, torch.ones(3), [4, 4], [4, 1], torch.float32, 2, 1, few)
+    backward = torch.ops.qat._staircase_relu_backward
     with pytest.raises(ValueError, match="_staircase_relu_backward: what is kept must be 4 contiguous bytes"):
-        torch.ops.qat._staircase_relu_backward(
-            torch.ones(16), few, alpha, [16], [1], 2, "relu", "min", 1, False
-        )
+        backward(torch.ones(16), few, alpha, [16], [1], 2, "relu", "min", 1, False)
+    with pytest.raises(RuntimeError, match="must match|broadcast"):
+        backward(torch.ones(99), few[:4], alpha, [16], [1], 2, "relu", "min", 1, False)
+    with pytest.raises(ValueError, match="stride \\[0\\] must be that of a dense tensor"):
+        backward(torch.ones(16), few[:4], alpha, [16], [0], 2, "relu", "min", 1, False)
 
 
 # ------------------------------------------------------------------------------------ graphs and their memory

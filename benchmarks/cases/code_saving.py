@@ -29,6 +29,7 @@ def problem(name, size, batch, bits, device):
         floor_bytes=0,
         floor_flops=3 * flops,  # forward, and backward in input and weights
         saves=True,
+        least_rounds=15,
     )
 
 

@@ -20,6 +20,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 POOLS = (nn.MaxPool2d,)
 POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d, max_pool2d)
 READERS = (*CONVOLUTIONS, nn.Linear)
+QUANT_CONVOLUTIONS = tuple(QUANT_LAYERS[kind] for kind in CONVOLUTIONS)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 PASSING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten)
@@ -173,24 +174,31 @@ def _join(path: str, name: str) -> str:
 def unpair(model: nn.Module, left_alone: Callable[[str], bool]) -> None:
     """Takes back what an earlier call has asked for: the layers are then the plain ones."""
     for name, module in model.named_modules():
-        if not left_alone(name):
-            for setting in ("save_codes", "recompute"):
-                if hasattr(module, setting) and isinstance(module, (StaircaseReLU, *QUANT_LAYERS.values())):
-                    setattr(module, setting, False)
+        if left_alone(name):
+            continue
+        if isinstance(module, StaircaseReLU):
+            module.save_codes = False
+        elif isinstance(module, QUANT_CONVOLUTIONS):
+            module.recompute = False
 
 
 def pair(model: nn.Module, left_alone: Callable[[str], bool], recompute: bool) -> tuple[list[str], list[str]]:
     """Makes the layers that read staircases keep codes; says what was paired and what was not."""
     edges = find_edges(model, left_alone)
     modules = dict(model.named_modules())
-    paired, feeding = [], set()
+    paired: list[str] = []
     not_paired = [f"{path}: {reason}" for path, reason in edges.foreign.items()]
+
+    def keep_codes(values: list, reader: str) -> None:
+        names = sorted({name for value in values if isinstance(value, Steps) for name in value.staircases})
+        for name in names:
+            modules[name].save_codes |= not left_alone(name)
+        paired.append(f"{', '.join(names)} -> {reader}")
+
     for path, values in edges.pool_calls.items():
-        steps = [value for value in values if isinstance(value, Steps)]
-        if steps and not left_alone(path):
+        if not left_alone(path) and any(isinstance(value, Steps) for value in values):
             _rewrite.replace_calls(modules[path], POOL_FUNCTIONS, max_pool2d)
-            names = sorted({name for value in steps for name in value.staircases})
-            paired.append(f"{', '.join(names)} -> {_join(path, 'F.max_pool2d')}")
+            keep_codes(values, _join(path, "F.max_pool2d"))
     for path, values in edges.reads.items():
         others = [f"it reads {value.what}" for value in values if isinstance(value, Other)]
         floats = why_floats(modules[path])
@@ -199,13 +207,8 @@ def pair(model: nn.Module, left_alone: Callable[[str], bool], recompute: bool) -
             not_paired.append(f"{path}: {reason}")
             continue
         become_quant(modules[path])
-        staircases = sorted({name for value in values for name in value.staircases})
-        feeding.update(staircases)
         assumed = f" (assumed: {edges.assumed[path]})" if path in edges.assumed else ""
-        paired.append(f"{', '.join(staircases)} -> {path}{assumed}")
-    for name in feeding:
-        if not left_alone(name):
-            modules[name].save_codes = True
+        keep_codes(values, path + assumed)
     if recompute:
         paired += _recompute(edges, modules, left_alone)
     return paired, not_paired

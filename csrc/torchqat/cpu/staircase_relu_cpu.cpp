@@ -134,9 +134,9 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
     using T = at::opmath_type<scalar_t>;
     const auto* g = upstream.const_data_ptr<scalar_t>();
     auto* out = grad_x.mutable_data_ptr<scalar_t>();
-    const AlphaOf<T> steps_of(alpha, grad_x, alpha_channel_dim(grad, alpha, channel_dim), bits);
+    const AlphaOf<T> steps_of(alpha, grad_x, alpha_channel_dim(grad_x, alpha, channel_dim), bits);
     const StepSizes<T>& steps = steps_of;
-    const auto sum = [&](auto&& f) { sum_parts(grad.numel(), steps.view.channels, grad_alpha, f); };
+    const auto sum = [&](auto&& f) { sum_parts(grad_x.numel(), steps.view.channels, grad_alpha, f); };
     if (!from_x) {
       const auto* from = kept.const_data_ptr<uint8_t>();
       math::RegionBackward<T> slopes;

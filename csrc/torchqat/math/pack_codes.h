@@ -6,8 +6,10 @@
 #include "torchqat/math/macros.h"
 #include "torchqat/math/step_codes.h"
 
-// Codes of b = 1, 2, 4 or 8 bits without gaps between them: code i is in bits i * b % 8 and up of byte
-// i * b / 8. Eight codes, which are the bytes of a little-endian word before, fill b bytes.
+// Codes of b = 1, 2, 4 or 8 bits without gaps between them, for users, files and other programs: code i is in
+// bits i * b % 8 and up of byte i * b / 8. Eight codes, which are the bytes of a little-endian word before,
+// fill b bytes. (What a staircase keeps, which nobody else reads, is packed as its kernels like it:
+// step_codes.h.)
 namespace torchqat::math {
 
 // An integer of as many bytes as a code has bits: eight codes, packed.

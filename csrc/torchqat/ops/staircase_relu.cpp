@@ -45,6 +45,14 @@ void check_kept(std::string_view op, const at::Tensor& kept, c10::SymIntArrayRef
                     kept.sym_numel(), " of ", kept.scalar_type());
 }
 
+at::Tensor dense_tensor(std::string_view op, c10::SymIntArrayRef size, c10::SymIntArrayRef stride,
+                        const at::TensorOptions& options) {
+  auto tensor = at::empty_strided_symint(size, stride, options);
+  TORCH_CHECK_VALUE(tensor.is_non_overlapping_and_dense(), op, ": stride ", stride,
+                    " must be that of a dense tensor of size ", size);
+  return tensor;
+}
+
 // Typed handles into the dispatcher.
 auto forward_op() {
   static const auto op = c10::Dispatcher::singleton()
@@ -207,9 +215,7 @@ at::Tensor staircase_relu_rebuild_meta(const at::Tensor& codes, const at::Tensor
                                        at::ScalarType dtype, int64_t bits, int64_t channel_dim,
                                        const at::Tensor& /*grad*/) {
   check_kept("_staircase_relu_rebuild", codes, size, kept_bits(bits, /*codes=*/true));
-  auto y = at::empty_strided_symint(size, stride, codes.options().dtype(dtype));
-  TORCH_CHECK_VALUE(y.is_non_overlapping_and_dense(), "_staircase_relu_rebuild: stride ", stride,
-                    " must be that of a dense tensor of size ", size);
+  auto y = dense_tensor("_staircase_relu_rebuild", size, stride, codes.options().dtype(dtype));
   check("_staircase_relu_rebuild", y, alpha, bits, channel_dim);
   return y;
 }
@@ -218,12 +224,15 @@ at::Tensor staircase_relu_rebuild_meta(const at::Tensor& codes, const at::Tensor
 // it traces.
 std::tuple<at::Tensor, at::Tensor> staircase_relu_backward_meta(
     const at::Tensor& grad, const at::Tensor& saved, const at::Tensor& alpha, c10::SymIntArrayRef size,
-    c10::SymIntArrayRef stride, int64_t bits, std::string_view, std::string_view, int64_t, bool codes) {
+    c10::SymIntArrayRef stride, int64_t bits, std::string_view, std::string_view, int64_t channel_dim,
+    bool codes) {
   TORCH_CHECK_VALUE(saved.device() == grad.device() && alpha.device() == grad.device(),
                     "_staircase_relu_backward: grad, saved and alpha must be on one device, got ",
                     grad.device(), ", ", saved.device(), " and ", alpha.device());
   if (!saved.is_floating_point()) check_kept("_staircase_relu_backward", saved, size, kept_bits(bits, codes));
-  return {at::empty_strided_symint(size, stride, grad.options()), at::empty_like(alpha)};
+  auto grad_x = dense_tensor("_staircase_relu_backward", size, stride, grad.options());
+  check("_staircase_relu_backward", grad_x, alpha, bits, channel_dim);
+  return {std::move(grad_x), at::empty_like(alpha)};
 }
 
 at::Tensor staircase_relu(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, std::string_view ste,

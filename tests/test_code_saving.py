@@ -169,39 +169,45 @@ def test_every_estimator_and_rule(ste, alpha_grad):
 
 
 @pytest.mark.parametrize(
-    "layer, shape",
+    "layer, shape, keeps_codes",
     [
-        (QuantConv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=False), (2, 4, 9, 8)),
-        (QuantConv2d(4, 8, 3, groups=4), (2, 4, 9, 8)),
-        (QuantConv2d(4, 6, (3, 2), dilation=(1, 2), padding="same"), (2, 4, 9, 8)),
-        (QuantConv2d(4, 6, 2, padding="same"), (2, 4, 9, 8)),
-        (QuantConv2d(4, 6, 3, padding="valid"), (2, 4, 9, 8)),
-        (QuantConv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 9, 8)),
-        (QuantConv2d(4, 6, 3), (4, 9, 8)),
-        (QuantConv2d(4, 6, 1), (0, 4, 9, 8)),
-        (QuantConv1d(4, 6, 3, stride=2, groups=2), (2, 4, 9)),
-        (QuantConv1d(4, 6, 3), (4, 9)),
-        (QuantLinear(8, 5), (3, 8)),
-        (QuantLinear(8, 5, bias=False), (2, 3, 8)),
-        (QuantLinear(8, 5), (2, 3, 8)),
-        (QuantLinear(8, 5), (2, 2, 3, 8)),
-        (QuantLinear(8, 5), (8,)),
-        (QuantLinear(8, 5), (1, 8)),
-        (QuantLinear(1, 1), (4, 1)),
-        (QuantLinear(8, 5), (0, 8)),
-        (QuantMaxPool2d(2), (2, 4, 9, 8)),
-        (QuantMaxPool2d(3, stride=2, padding=1, ceil_mode=True), (2, 4, 9, 8)),
-        (QuantMaxPool2d((2, 3), dilation=2), (2, 4, 9, 8)),
-        (QuantMaxPool2d(2), (4, 9, 8)),
+        (QuantConv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=False), (2, 4, 9, 8), True),
+        (QuantConv2d(4, 8, 3, groups=4), (2, 4, 9, 8), True),
+        (QuantConv2d(4, 6, (3, 2), dilation=(1, 2), padding="same"), (2, 4, 9, 8), True),
+        (QuantConv2d(4, 6, 2, padding="same"), (2, 4, 9, 8), False),
+        (QuantConv2d(4, 6, 3, padding="valid"), (2, 4, 9, 8), True),
+        (QuantConv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 9, 8), False),
+        (QuantConv2d(4, 6, 3), (4, 9, 8), False),
+        (QuantConv2d(4, 6, 1), (0, 4, 9, 8), True),
+        (QuantConv1d(4, 6, 3, stride=2, groups=2), (2, 4, 9), True),
+        (QuantConv1d(4, 6, 3), (4, 9), False),
+        (QuantLinear(8, 5), (3, 8), True),
+        (QuantLinear(8, 5, bias=False), (2, 3, 8), True),
+        (QuantLinear(8, 5), (2, 3, 8), True),
+        (QuantLinear(8, 5), (2, 2, 3, 8), True),
+        (QuantLinear(8, 5, bias=False), (2, 2, 3, 8), True),
+        (QuantLinear(8, 5), (8,), False),
+        (QuantLinear(8, 5), (1, 8), True),
+        (QuantLinear(1, 1), (4, 1), True),
+        (QuantLinear(8, 5), (0, 8), True),
+        (QuantMaxPool2d(2), (2, 4, 9, 8), True),
+        (QuantMaxPool2d(3, stride=2, padding=1, ceil_mode=True), (2, 4, 9, 8), True),
+        (QuantMaxPool2d((2, 3), dilation=2), (2, 4, 9, 8), True),
+        (QuantMaxPool2d(2), (4, 9, 8), False),
     ],
     ids=lambda v: repr(v),
 )
-def test_layers_are_the_plain_ones(layer, shape):
+def test_layers_are_the_plain_ones(layer, shape, keeps_codes):
     model = nn.Sequential(staircase(), layer)
     assert_as_plain(model, torch.randn(shape))
     assert_as_plain(nn.Sequential(layer), torch.randn(shape))  # not behind a staircase
     with torch.no_grad():
         torch.testing.assert_close(model(torch.ones(shape)), plain_twin(model)(torch.ones(shape)))
+    x = torch.randn(shape)
+    tensors, _ = kept(lambda: model(x))
+    own = {p.data_ptr() for p in model.parameters()}
+    floats = [t for t in tensors if t.is_floating_point() and t.data_ptr() not in own]
+    assert any(t.numel() >= max(x.numel(), 2) for t in floats) == (not keeps_codes)
 
 
 def test_frozen_weights_and_inputs():
@@ -252,7 +258,11 @@ def test_flatten_between():
         model = nn.Sequential(
             nn.Conv2d(3, 4, 3), staircase(), QuantMaxPool2d(2), nn.Flatten(), QuantLinear(36, 5)
         )
-        assert_as_plain(model, images().to(memory_format=memory_format))
+        x = images().to(memory_format=memory_format)
+        assert_as_plain(model, x)
+        tensors, _ = kept(lambda model=model, x=x: model(x))
+        floats = [t for t in tensors if t.is_floating_point() and t.numel() == 2 * 36]
+        assert len(floats) == (memory_format == torch.channels_last)  # there flatten copies
 
 
 def test_max_pooling_keeps_places_in_the_smallest_type():
@@ -304,6 +314,18 @@ def test_a_step_size_changed_in_place_is_caught():
         y.sum().backward()
 
 
+def test_a_step_size_of_a_module_may_change():
+    """What forward has used is a copy."""
+
+    def forward(net, x):
+        z = net(x)
+        with torch.no_grad():
+            net[1].alpha.mul_(2)
+        return z
+
+    assert_as_plain(block(), images(), forward=forward)
+
+
 def test_a_weight_changed_in_place_is_caught():
     model = block()
     y = model(images())
@@ -333,10 +355,25 @@ def test_what_a_recipe_begins_with_changed_before_it_is_read(recompute):
     assert torch.equal(grad, expected)
 
 
-def test_an_activation_given_other_memory():
+def other_memory(y):
+    y.data = y.data * 1.5
+
+
+def other_memory_twice(y):
+    """The second block may begin where the first one did."""
+    y.data = y.data * 1.5
+    y.data = y.data + 1
+
+
+def another_view(y):
+    y.data = y.data.transpose(2, 3)
+
+
+@pytest.mark.parametrize("change", [other_memory, other_memory_twice, another_view])
+def test_an_activation_given_other_memory(change):
     model = block()
-    model[1].register_forward_hook(lambda module, inputs, y: setattr(y, "data", y.data * 1.5))
-    assert_as_plain(model, images())
+    model[1].register_forward_hook(lambda module, inputs, y: change(y))
+    assert_as_plain(model, images(2, 3, 9, 9))
 
 
 def test_a_negative_view_is_no_view_of_codes():
@@ -580,6 +617,18 @@ def assert_compiles_as_plain(model, inputs, forward=None, **options):
         torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_backward_inside_autocast_of_a_forward_outside(device, recompute):
+    model, x = normalized(recompute), images()
+    expected = results(model, x)
+    y = model(x)
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = (y * torch.linspace(-1, 2, y.numel()).view(y.shape)).sum()
+        model.zero_grad()
+        loss.backward()
+    assert_same([p.grad for p in model.parameters()], expected[2:])
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compile(network, one_layout, backend, recompute):
@@ -657,6 +706,22 @@ def test_func_transforms():
         return one, torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x)
 
     torch.testing.assert_close(grads(model), grads(plain_twin(model)))
+
+
+@pytest.mark.filterwarnings("error")  # torch says where it takes sample by sample
+@pytest.mark.parametrize("recompute", [False, True])
+def test_vmap_batches_as_torchs_own_layers_do(recompute):
+    model = nn.Sequential(*normalized(recompute), QuantMaxPool2d(2), nn.Flatten(), QuantLinear(20, 3)).eval()
+    twin, x = plain_twin(model), images(4, 2, 3, 9, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(model)(x), torch.vmap(twin)(x))
+    params = {name: torch.stack([p, p + 1]) for name, p in model.named_parameters()}
+
+    def ensemble(net):
+        return torch.vmap(lambda p, v: torch.func.functional_call(net, p, (v,)), (0, None))(params, x[0])
+
+    with torch.no_grad():
+        torch.testing.assert_close(ensemble(model), ensemble(twin))
 
 
 @pytest.mark.parametrize("recompute", [False, True])

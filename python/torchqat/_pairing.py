@@ -1,8 +1,8 @@
 """Finds which layers of a model read the outputs of its staircases; what `prepare` pairs them by.
 
 The model is followed from module to module: those with a forward of their own are traced by themselves
-(torch.fx), as for `prepare`. What is found here decides what is kept for backward, never what is computed:
-the operators look for themselves whether their input is a staircase's output.
+(torch.fx), as for `prepare`. What is found here decides what is kept for backward, never what results: the
+operators look for themselves whether their input is a staircase's output.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,8 @@ QUANT_CONVOLUTIONS = tuple(QUANT_LAYERS[kind] for kind in CONVOLUTIONS)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 PASSING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten)
-PASSING_FUNCTIONS = (torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.permute)
-PASSING_METHODS = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "permute", "contiguous")
+PASSING_FUNCTIONS = (torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze)
+PASSING_METHODS = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Edges:
 
 
 def find_edges(model: nn.Module, left_alone: Callable[[str], bool]) -> Edges:
-    walk = _Walk(left_alone)
+    walk = _Walk({module: name for name, module in model.named_modules()}, left_alone)
     walk.module("", model, [Other("the model's input")])
     return walk.edges
 
@@ -75,13 +75,15 @@ def plain_class(module: nn.Module) -> type:
 
 
 class _Walk:
-    def __init__(self, left_alone: Callable[[str], bool]):
+    def __init__(self, names: dict[nn.Module, str], left_alone: Callable[[str], bool]):
+        self.names = names  # a module may be called by several
         self.left_alone = left_alone
         self.edges = Edges()
         self.untraceable: str | None = None
 
     def module(self, path: str, module: nn.Module, inputs: list):
         """What a module returns for these inputs."""
+        path = self.names.get(module, path)
         first = inputs[0] if inputs else Other("nothing")
         kind = plain_class(module)
         if isinstance(module, StaircaseReLU):
@@ -97,7 +99,8 @@ class _Walk:
         if kind in NORMS:
             self.edges.normalizes.setdefault(path, []).append(first)
             return Other(f"the output of {path}")
-        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        in_order = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+        if in_order or kind in (nn.ModuleList, nn.ModuleDict):
             return self._in_order(path, module, first)
         if isinstance(module, (*READERS, *POOLS)):
             self.edges.foreign[path] = f"{kind.__name__} is a class of its own"
@@ -126,8 +129,9 @@ class _Walk:
         return value if isinstance(value, Steps) else Other(what)
 
     def _in_order(self, path: str, module: nn.Module, value):
-        for name, child in module.named_children():
-            value = self.module(_join(path, name), child, [value])
+        for name, child in module._modules.items():  # one that is there twice is called twice
+            if child is not None:
+                value = self.module(_join(path, name), child, [value])
         return value
 
     def _graph(self, path: str, module: nn.Module, graph: fx.Graph, inputs: list):
@@ -209,6 +213,16 @@ def pair(model: nn.Module, left_alone: Callable[[str], bool], recompute: bool) -
         become_quant(modules[path])
         assumed = f" (assumed: {edges.assumed[path]})" if path in edges.assumed else ""
         keep_codes(values, path + assumed)
+    for path, values in edges.normalizes.items():
+        if all(isinstance(value, Steps) for value in values) and not (
+            left_alone(path) or why_floats(modules[path])
+        ):
+            become_quant(modules[path])
+            keep_codes(values, path)
+    reached = {*edges.reads, *edges.foreign}
+    for path, module in modules.items():
+        if isinstance(module, (*READERS, *POOLS)) and path not in reached:
+            not_paired.append(f"{path}: no forward that could be followed calls it")
     if recompute:
         paired += _recompute(edges, modules, left_alone)
     return paired, not_paired
@@ -221,7 +235,7 @@ def _recompute(edges: Edges, modules: dict[str, nn.Module], left_alone) -> list[
         convolutions = [value.convolution for value in values if isinstance(value, Other)]
         if None in convolutions or len(convolutions) < len(values):
             continue
-        if any(left_alone(name) for name in (path, *convolutions)):
+        if any(left_alone(name) or why_floats(modules[name]) for name in (path, *convolutions)):
             continue
         become_quant(modules[path])
         for name in convolutions:

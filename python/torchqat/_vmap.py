@@ -1,4 +1,4 @@
-"""Rules by which torch.vmap batches the operators."""
+"""Rules by which torch.vmap batches the operators (layers: in C++, as what they call)."""
 
 import torch
 

@@ -74,8 +74,8 @@ class MemoryReport:
 
 def memory_report(model: nn.Module, example_input: Tensor | tuple) -> MemoryReport:
     """Counts the bytes that a network keeps between its forward and its backward pass, layer by layer, and
-    the same for the float network: with in-place ReLUs for the StaircaseReLUs, and torch's own layers for
-    those that keep codes.
+    the same for the float network: with ReLUs for the StaircaseReLUs, in place if they can be, and torch's
+    own layers for those that keep codes.
 
     Copies of the model run forward once each, in training mode; the model itself, its statistics and the
     random state stay as they are. Counted is what autograd saves (``torch.autograd.graph
@@ -104,7 +104,10 @@ def memory_report(model: nn.Module, example_input: Tensor | tuple) -> MemoryRepo
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     ours = _kept(copy.deepcopy(model), arguments)
-    floats = _kept(_float_twin(model), arguments)
+    try:
+        floats = _kept(_float_twin(model, inplace=True), arguments)
+    except RuntimeError:  # ReLUs of views of a split, of expanded tensors, of parameters
+        floats = _kept(_float_twin(model, inplace=False), arguments)
     return MemoryReport(
         [
             LayerMemory(name, kind, floats.get(name, 0), ours.get(name, 0))
@@ -114,15 +117,15 @@ def memory_report(model: nn.Module, example_input: Tensor | tuple) -> MemoryRepo
     )
 
 
-def _float_twin(model: nn.Module) -> nn.Module:
+def _float_twin(model: nn.Module, inplace: bool) -> nn.Module:
     model = copy.deepcopy(model)
     if isinstance(model, StaircaseReLU):
-        return nn.ReLU(inplace=True)
+        return nn.ReLU(inplace)
     for module in list(model.modules()):
         module.__class__ = PLAIN_CLASSES.get(type(module), type(module))
         for name, child in module._modules.items():  # a module may be there under several names
             if isinstance(child, StaircaseReLU):
-                module._modules[name] = nn.ReLU(inplace=True)
+                module._modules[name] = nn.ReLU(inplace)
     return model
 
 

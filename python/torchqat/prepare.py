@@ -67,12 +67,14 @@ def prepare(
     Python list, stays as it is and is not told. As always with fx, a rewritten forward has the Python
     values of this moment built in.
 
-    Then the model is followed from module to module: convolutions, linear layers and max pooling that read
-    the output of a StaircaseReLU, as it is or through views, become :class:`~torchqat.nn.QuantConv2d` and its
-    like, which keep the packed codes for backward where the plain layers keep floats. Results and gradients
-    stay the same bit by bit. ``model.prepare_report.paired`` and ``not_paired`` say which layers, and why not
-    the others; :func:`torchqat.memory_report` says what it saves. Where a forward does not trace, layers are
-    taken to follow one another as they are registered; a wrong guess costs memory, never a wrong result.
+    Then the model is followed from module to module: convolutions, linear layers, max pooling and batch
+    normalizations that read the output of a StaircaseReLU, as it is or through views, become
+    :class:`~torchqat.nn.QuantConv2d` and its like, which keep the packed codes for backward where the plain
+    layers keep floats; a forward that calls ``F.max_pool2d`` there is rewritten too. This sets ``save_codes``
+    of the StaircaseReLUs. Results and gradients stay the same bit by bit.
+    ``model.prepare_report.paired`` and ``not_paired`` say which layers, and why not the others;
+    :func:`torchqat.memory_report` says what it saves. Where a forward does not trace, layers are taken to
+    follow one another as they are registered; a wrong guess costs memory, never a wrong result.
 
     Training mode, device and hooks are kept. Step sizes are float32, float64 in a float64 model, and never
     less: convert a model to half precision before preparing it. Weights are not touched: quantize those

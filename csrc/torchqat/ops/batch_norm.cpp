@@ -71,4 +71,7 @@ TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) { m.impl("_batch_norm", pl
 
 TORCH_LIBRARY_IMPL(qat, Autograd, m) { m.impl("_batch_norm", autograd); }
 
+// torch.vmap batches what it calls.
+TORCH_LIBRARY_IMPL(qat, FuncTorchBatched, m) { m.impl("_batch_norm", plain); }
+
 }  // namespace torchqat

@@ -30,6 +30,8 @@ struct Convolution : RecipeOf<Convolution> {
     auto w = weight.get();
     const auto b = bias.get();
     at::AutoDispatchBelowADInplaceOrView below_autograd;
+    // What backward is called in is not what forward was.
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     if (at::isTensorSubclassLike(grad))
       w = in_backward(w, grad);  // a compiler's: the input may be kept as it is
     return at::convolution_symint(x, w, b, stride, padding, dilation, /*transposed=*/false, zeros(), groups);
@@ -116,6 +118,9 @@ at::Tensor autocast(const at::Tensor& input, const at::Tensor& weight, const std
 TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) { m.impl("_convolution", plain); }
 
 TORCH_LIBRARY_IMPL(qat, Autograd, m) { m.impl("_convolution", autograd); }
+
+// torch.vmap batches what it calls.
+TORCH_LIBRARY_IMPL(qat, FuncTorchBatched, m) { m.impl("_convolution", plain); }
 
 TORCH_LIBRARY_IMPL(qat, AutocastCPU, m) {
   m.impl("_convolution", autocast<c10::kCPU, c10::DispatchKey::AutocastCPU>);

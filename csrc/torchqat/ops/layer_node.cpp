@@ -37,6 +37,8 @@ TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) {
   m.impl("_in_backward", copy_in_backward);
 }
 
+TORCH_LIBRARY_IMPL(qat, FuncTorchBatched, m) { m.impl("_in_backward", copy_in_backward); }
+
 TORCH_LIBRARY_IMPL(qat, Meta, m) {
   m.impl("_with_size", copy_with_size_meta);
   m.impl("_in_backward", copy_in_backward_meta);

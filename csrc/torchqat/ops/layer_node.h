@@ -31,7 +31,7 @@ struct LayerNode : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
     if (!grads[0].defined()) return torch::autograd::variable_list(num_outputs());
     const std::lock_guard lock(mutex_);
-    check_kept();
+    check_graph_is_there();
     auto result = kept->derivatives(grads[0], [this](size_t i) { return task_should_compute_output(i); });
     if (at::GradMode::is_enabled()) {
       auto inputs = next_edges();
@@ -46,13 +46,13 @@ struct LayerNode : torch::autograd::Node {
   }
   std::string name() const override { return std::string(K::op) + "_backward"; }
   void compiled_args(CompiledNodeArgs& args) const override {
-    check_kept();
+    check_graph_is_there();
     kept->each_field([&](auto& field) { collect(args, field); });
     args.collect(size);
   }
   torch::autograd::variable_list apply_with_saved(const torch::autograd::variable_list& grads,
                                                   SwapSavedVariables& swap) override {
-    check_kept();
+    check_graph_is_there();
     kept->each_field([&](auto& field) { before(swap, field); });
     swap.before(size);
     auto result = apply({grads[0].defined() ? with_size(grads[0], size) : at::Tensor()});
@@ -61,7 +61,7 @@ struct LayerNode : torch::autograd::Node {
     return result;
   }
 
-  void check_kept() const { TORCH_CHECK(kept, torch::autograd::ERR_BACKWARD_TWICE); }
+  void check_graph_is_there() const { TORCH_CHECK(kept, torch::autograd::ERR_BACKWARD_TWICE); }
 
   std::shared_ptr<K> kept;
   std::vector<c10::SymInt> size;  // of the result

@@ -41,8 +41,7 @@ struct Linear {
 
 // Whether torch computes it by products of matrices of rows, whose derivatives are those above.
 bool is_by_rows(const at::Tensor& input, const at::Tensor& weight) {
-  return weight.dim() == 2 && (input.dim() == 2 || input.dim() == 3) && input.is_contiguous() &&
-         weight.is_contiguous();
+  return weight.dim() == 2 && input.dim() >= 2 && input.is_contiguous() && weight.is_contiguous();
 }
 
 at::Tensor autograd(const at::Tensor& input, const at::Tensor& weight,
@@ -79,6 +78,9 @@ at::Tensor autocast(const at::Tensor& input, const at::Tensor& weight,
 TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) { m.impl("_linear", plain); }
 
 TORCH_LIBRARY_IMPL(qat, Autograd, m) { m.impl("_linear", autograd); }
+
+// torch.vmap batches what it calls.
+TORCH_LIBRARY_IMPL(qat, FuncTorchBatched, m) { m.impl("_linear", plain); }
 
 TORCH_LIBRARY_IMPL(qat, AutocastCPU, m) {
   m.impl("_linear", autocast<c10::kCPU, c10::DispatchKey::AutocastCPU>);

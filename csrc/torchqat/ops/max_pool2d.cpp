@@ -13,7 +13,9 @@ at::Tensor plain(const at::Tensor& input, at::IntArrayRef kernel_size, at::IntAr
 // The smallest type that holds the indices of a plane's pixels.
 at::ScalarType index_type(const at::Tensor& input) {
   const auto pixels = input.sym_size(-1) * input.sym_size(-2);
-  return pixels <= 1 << 8 ? at::kByte : pixels <= 1 << 15 ? at::kShort : at::kInt;
+  if (pixels <= 1 << 8) return at::kByte;
+  if (pixels <= 1 << 15) return at::kShort;
+  return pixels <= int64_t{1} << 31 ? at::kInt : at::kLong;
 }
 
 // What max pooling keeps for backward: the indices of the elements that it has taken.
@@ -84,5 +86,8 @@ at::Tensor autograd(const at::Tensor& input, at::IntArrayRef kernel_size, at::In
 TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) { m.impl("_max_pool2d", plain); }
 
 TORCH_LIBRARY_IMPL(qat, Autograd, m) { m.impl("_max_pool2d", autograd); }
+
+// torch.vmap batches what it calls.
+TORCH_LIBRARY_IMPL(qat, FuncTorchBatched, m) { m.impl("_max_pool2d", plain); }
 
 }  // namespace torchqat

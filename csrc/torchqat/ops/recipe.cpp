@@ -13,8 +13,19 @@ namespace {
 struct RecordWithRecipe : torch::autograd::AutogradMeta {
   std::shared_ptr<Recipe> recipe;
   int64_t version = 0;
-  const void* storage = nullptr;  // Tensor.data may be given another
+  // Tensor.data may be given others. The storage is held weakly: its address is not given anew meanwhile.
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage{c10::intrusive_ptr<c10::StorageImpl>()};
+  std::vector<c10::SymInt> size, stride;
   const void* hooks = nullptr;
+
+  // Whether the tensor, or what it is a view of, still is what the recipe makes.
+  bool describes(const at::Tensor& tensor) const {
+    const auto* memory = tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+    if (version != tensor._version() || storage._unsafe_get_target() != memory || !recipe->is_fresh())
+      return false;
+    return tensor.is_view() ||
+           (tensor.sym_sizes() == size && tensor.sym_strides() == stride && tensor.sym_storage_offset() == 0);
+  }
 };
 
 // The saved-tensor hooks that are in force. Where they have changed since a tensor was made, a checkpoint may
@@ -52,7 +63,9 @@ void attach_recipe(const at::Tensor& tensor, std::shared_ptr<Recipe> recipe) {
   auto record = std::make_unique<RecordWithRecipe>();
   record->recipe = std::move(recipe);
   record->version = tensor._version();
-  record->storage = tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+  record->storage = tensor.unsafeGetTensorImpl()->unsafe_storage().getWeakStorageImpl();
+  record->size = tensor.sym_sizes().vec();
+  record->stride = tensor.sym_strides().vec();
   record->hooks = saved_tensor_hooks();
   if (const auto* before = torch::autograd::impl::get_autograd_meta(tensor)) {
     record->grad_fn_ = before->grad_fn_;
@@ -65,10 +78,8 @@ std::shared_ptr<Recipe> recipe_of(const at::Tensor& tensor) {
   const bool is_view = tensor.is_view();
   const auto* record = dynamic_cast<const RecordWithRecipe*>(
       torch::autograd::impl::get_autograd_meta(is_view ? tensor._base() : tensor));
-  if (record == nullptr || record->version != tensor._version()) return nullptr;
-  const void* storage = tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
-  if (record->hooks != saved_tensor_hooks() || record->storage != storage || tensor.is_neg() ||
-      tensor.is_conj() || !record->recipe->is_fresh())
+  if (record == nullptr || !record->describes(tensor) || record->hooks != saved_tensor_hooks() ||
+      tensor.is_neg() || tensor.is_conj())
     return nullptr;
   if (!is_view) return record->recipe;
   if (tensor.scalar_type() != tensor._base().scalar_type()) return nullptr;

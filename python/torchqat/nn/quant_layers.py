@@ -32,6 +32,8 @@ def why_floats(layer: nn.Module) -> str | None:
         return f"it pads with padding={layer.padding!r}, padding_mode={layer.padding_mode!r}"
     if isinstance(layer, nn.MaxPool2d) and layer.return_indices:
         return "it returns indices"
+    if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)) and layer.running_mean is None:
+        return "it has no running statistics"
     return None
 
 
@@ -73,15 +75,16 @@ class QuantConv2d(_QuantConv, nn.Conv2d):
     **No value is compared.** What writes into the activation behind autograd's back, between the staircase
     and this layer, is not seen: ``y.data.mul_()``, NumPy arrays that share its memory, a collective inside a
     ``torch.autograd.Function``. The gradient is then that of what the staircase gave. Write with autograd or
-    under ``torch.no_grad()``, which are seen, or give the staircase ``save_codes=False``.
+    under ``torch.no_grad()``, which are seen, or give the staircase ``save_codes=False`` (and exclude it from
+    :func:`torchqat.prepare`, which sets that).
 
     Attributes:
         recompute: ``True`` where :class:`QuantBatchNorm2d` reads the result and shall have it computed again
             in backward (``prepare(..., recompute=True)``).
 
     Raises:
-        RuntimeError: as ``torch.nn.Conv2d``; in backward where the weight or the step size has been changed
-            in place since.
+        RuntimeError: as ``torch.nn.Conv2d``; in backward where the weight, or the step size given to the
+            operator, has been changed in place since. (A StaircaseReLU gives the operator a copy.)
         NotImplementedError: a second derivative.
 
     Example:
@@ -94,8 +97,8 @@ class QuantConv2d(_QuantConv, nn.Conv2d):
 
 
 class QuantLinear(nn.Linear):
-    """``torch.nn.Linear`` that keeps codes: what is said of :class:`QuantConv2d` holds. Inputs of two or
-    three dimensions, without gaps in memory; with others it is the plain layer.
+    """``torch.nn.Linear`` that keeps codes: what is said of :class:`QuantConv2d` holds. Inputs of two
+    dimensions or more, without gaps in memory; with others it is the plain layer.
 
     Example:
         >>> import torchqat
@@ -154,7 +157,7 @@ class _QuantBatchNorm:
         if isinstance(input, fx.Proxy):  # as torch's own, it stays one call
             return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
         tracks = self.training and self.track_running_stats and self.running_mean is not None
-        if not (tracks and self.affine) or _is_recorded():
+        if not tracks or _is_recorded():
             return super().forward(input)
         self._check_input_dim(input)
         F._verify_batch_size(input.size())

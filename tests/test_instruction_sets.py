@@ -40,7 +40,8 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                 op, x, a = torch.ops.qat, x.detach(), a.detach()
                 y, kept = op._staircase_relu_forward(x, a, bits, 1, True)
                 seen += [kept, op._staircase_relu_rebuild(kept, a, y.shape, y.stride(), dtype, bits, 1, y)]
-                seen += op._staircase_relu_backward(y, kept, a, y.shape, y.stride(), bits, "relu", "exact", 1, True)
+                of_y = (y.shape, y.stride(), bits)
+                seen += op._staircase_relu_backward(y, kept, a, *of_y, "relu", "exact", 1, True)
     for bits, method in ((1, "exact"), (2, "exact"), (2, "twn"), (3, "exact"), (4, "lloyd"), (8, "exact")):
         for n in (1, 7, 40, 3000, 40000):
             latent = (numbers((n,), 7919) / 3).clamp(-9, 9).to(dtype)

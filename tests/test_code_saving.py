@@ -335,6 +335,18 @@ def test_a_weight_changed_in_place_is_caught():
         y.sum().backward()
 
 
+def test_a_weight_given_other_memory():
+    """torch's layers differ in it: a linear layer goes on with what forward has used."""
+
+    def forward(net, x):
+        z = net(x)
+        net[1].weight.data = net[1].weight.data + 1
+        return z
+
+    for layer, shape in ((QuantLinear(8, 5), (3, 8)), (QuantConv2d(3, 4, 3), (2, 3, 9, 8))):
+        assert_as_plain(nn.Sequential(staircase(), layer), torch.randn(shape), forward=forward)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_what_a_recipe_begins_with_changed_before_it_is_read(recompute):
     """A step size or a weight, written into between producer and reader: the reader keeps what it reads."""
@@ -828,6 +840,25 @@ def test_every_kind_of_normalization(norm):
         assert_same(results(model, x), results(twin, x))
     assert_same(list(model.state_dict().values()), list(twin.state_dict().values()))
     assert_same(results(model.eval(), x), results(twin.eval(), x))
+
+
+def test_an_empty_batch():
+    model, x = normalized(), images(0, 3, 9, 8)
+    assert_as_plain(model, x)
+    assert torchqat.memory_report(model, x).layers
+
+
+def test_a_frozen_convolution_is_recomputed_too():
+    model, x = normalized(), images()
+    before = bytes_kept(model, x)
+    model[0].requires_grad_(False)
+    assert bytes_kept(model, x) <= before
+    y, twin = model(x), plain_twin(model)
+    y.square().sum().backward()
+    twin(x).square().sum().backward()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert a.grad is b.grad or torch.equal(a.grad, b.grad)
+    assert_as_plain(model, x)
 
 
 def test_a_recomputed_block_keeps_codes_and_statistics_alone():

@@ -176,6 +176,24 @@ def plain_model():
     return nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1))
 
 
+def test_a_staircase_that_shall_keep_no_codes():
+    model = nn.Sequential(StaircaseReLU(2, save_codes=False), nn.Conv2d(3, 3, 1))
+    report = report_of(model, exclude="0")
+    assert (report.paired, report.not_paired) == ([], ["1: it reads the output of 0, which keeps no codes"])
+    assert report_of(model).paired == ["0 -> 1"] and model[0].save_codes
+
+
+@pytest.mark.parametrize("exclude", [None, 3, nn.ReLU()])
+def test_what_can_be_excluded(exclude):
+    with pytest.raises(TypeError, match="prepare: exclude takes module names and types, got"):
+        torchqat.prepare(nn.Sequential(nn.ReLU()), 2, exclude=exclude)
+
+
+def test_what_can_be_prepared():
+    with pytest.raises(TypeError, match="prepare: model must be a torch.nn.Module, got function"):
+        torchqat.prepare(F.relu, 2)
+
+
 def test_twice_changes_nothing():
     model = plain_model()
     first = report_of(model, recompute=True)
@@ -433,6 +451,22 @@ def test_the_report_takes_several_arguments_and_a_single_staircase():
         assert torchqat.memory_report(StaircaseReLU(2), torch.randn(64, 100)).bytes > 0
     with pytest.raises(TypeError, match="memory_report: model must be a torch.nn.Module, got int"):
         torchqat.memory_report(3, torch.randn(2))
+
+
+def test_the_report_in_inference_mode_and_on_the_meta_device():
+    model, x = torchqat.prepare(plain_model(), 2), torch.randn(2, 3, 8, 8)
+    expected = torchqat.memory_report(model, x)
+    with torch.inference_mode():
+        assert torchqat.memory_report(model, torch.randn(2, 3, 8, 8)) == expected
+    assert torchqat.memory_report(model.to("meta"), x.to("meta")) == expected
+
+
+def test_the_report_of_keyword_arguments():
+    x = torch.randn(1, 3, 8, 8)
+    reports = [torchqat.memory_report(torchqat.prepare(TwoInputs(), 2), v) for v in ((x, x), [x, x])]
+    assert (
+        torchqat.memory_report(torchqat.prepare(TwoInputs(), 2), {"y": x, "x": x}) == reports[0] == reports[1]
+    )
 
 
 class Gated(nn.Module):

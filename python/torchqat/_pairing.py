@@ -87,7 +87,8 @@ class _Walk:
         first = inputs[0] if inputs else Other("nothing")
         kind = plain_class(module)
         if isinstance(module, StaircaseReLU):
-            return Steps((path,))
+            without = self.left_alone(path) and not module.save_codes
+            return Other(f"the output of {path}, which keeps no codes") if without else Steps((path,))
         if kind in PASSING_MODULES or (kind in DROPOUTS and module.p == 0):
             return first
         if kind in POOLS:
@@ -232,8 +233,9 @@ def _recompute(edges: Edges, modules: dict[str, nn.Module], left_alone) -> list[
     """Has the convolutions that normalizations read computed again; returns which, in words."""
     done = []
     for path, values in edges.normalizes.items():
-        convolutions = [value.convolution for value in values if isinstance(value, Other)]
-        if None in convolutions or len(convolutions) < len(values):
+        read = dict.fromkeys(value.convolution if isinstance(value, Other) else None for value in values)
+        convolutions = list(read)
+        if None in convolutions:
             continue
         if any(left_alone(name) or why_floats(modules[name]) for name in (path, *convolutions)):
             continue

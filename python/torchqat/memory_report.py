@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from torchqat.nn.quant_layers import QUANT_LAYERS
 from torchqat.nn.staircase_relu import StaircaseReLU
@@ -72,10 +73,11 @@ class MemoryReport:
         return "\n".join(lines)
 
 
-def memory_report(model: nn.Module, example_input: Tensor | tuple) -> MemoryReport:
+@torch.inference_mode(False)
+def memory_report(model: nn.Module, example_input: Tensor | tuple | list | dict) -> MemoryReport:
     """Counts the bytes that a network keeps between its forward and its backward pass, layer by layer, and
-    the same for the float network: with ReLUs for the StaircaseReLUs, in place if they can be, and torch's
-    own layers for those that keep codes.
+    the same for the float network: with ReLUs for the StaircaseReLUs (which may have been ReLU6), in place if
+    they can be, and torch's own layers for those that keep codes.
 
     Copies of the model run forward once each, in training mode; the model itself, its statistics and the
     random state stay as they are. Counted is what autograd saves (``torch.autograd.graph
@@ -84,7 +86,8 @@ def memory_report(model: nn.Module, example_input: Tensor | tuple) -> MemoryRepo
 
     Args:
         model: a module, prepared or not.
-        example_input: a batch, or a tuple of arguments. What is counted grows with the batch.
+        example_input: a batch; a tuple or list of arguments; or a dict of keyword arguments. What is counted
+            grows with the batch. It may be on the meta device with the model: nothing is computed then.
 
     Returns:
         MemoryReport: ``layers``, ``bytes``, ``float_bytes`` and ``ratio``; ``str`` gives a table.
@@ -101,13 +104,12 @@ def memory_report(model: nn.Module, example_input: Tensor | tuple) -> MemoryRepo
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"memory_report: model must be a torch.nn.Module, got {type(model).__name__}")
-    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
-    ours = _kept(copy.deepcopy(model), arguments)
+    ours = _kept(copy.deepcopy(model), example_input)
     try:
-        floats = _kept(_float_twin(model, inplace=True), arguments)
+        floats = _kept(_float_twin(model, inplace=True), example_input)
     except RuntimeError:  # ReLUs of views of a split, of expanded tensors, of parameters
-        floats = _kept(_float_twin(model, inplace=False), arguments)
+        floats = _kept(_float_twin(model, inplace=False), example_input)
     return MemoryReport(
         [
             LayerMemory(name, kind, floats.get(name, 0), ours.get(name, 0))
@@ -129,16 +131,16 @@ def _float_twin(model: nn.Module, inplace: bool) -> nn.Module:
     return model
 
 
-def _kept(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, int]:
+def _kept(model: nn.Module, example_input: Any) -> dict[str, int]:
     """The bytes that each layer keeps."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    own = {_memory(t) for t in (*model.parameters(), *model.buffers())}
     calls, seen, kept = [""], {}, {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and storage.data_ptr() not in seen:
-            seen[storage.data_ptr()] = tensor  # held, so that its address stays its own
-            kept[calls[-1]] = kept.get(calls[-1], 0) + storage.nbytes()
+        memory = _memory(tensor)
+        if memory not in own and memory not in seen:
+            seen[memory] = tensor  # held, so that its address stays its own
+            kept[calls[-1]] = kept.get(calls[-1], 0) + tensor.untyped_storage().nbytes()
         return tensor
 
     def leave(*_) -> None:
@@ -147,9 +149,17 @@ def _kept(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, int]:
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
         module.register_forward_hook(leave, always_call=True)
+    if not isinstance(example_input, (tuple, list, dict)):
+        example_input = (example_input,)
     # In-place ReLUs write into them.
-    arguments = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in arguments)
+    arguments = tree_map_only(Tensor, lambda t: t.detach().clone(), example_input)
     saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with torch.random.fork_rng(), torch.enable_grad(), saved:
-        model.train()(*arguments)
+        model.train()
+        model(**arguments) if isinstance(arguments, dict) else model(*arguments)
     return kept
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tells one piece of memory from another, on the meta device too."""
+    return tensor.untyped_storage()._cdata

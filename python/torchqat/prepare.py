@@ -89,7 +89,8 @@ def prepare(
     Args:
         model: any module that is not a ReLU itself. Changed in place.
         act_bits: width of the activations, 1 to 8.
-        exclude: modules to leave alone, with all that is inside them: one name or type, or several.
+        exclude: modules to leave alone, with all that is inside them: one name or type, or several. They stay
+            as they are, and as an earlier call has left them.
         ste: see :func:`torchqat.functional.ste_names`.
         alpha_grad: the rule for the gradient of alpha: ``exact``, ``three_valued``, ``min`` or ``pact``.
         save_codes: ``False`` leaves all layers but the ReLUs as they are.
@@ -107,6 +108,8 @@ def prepare(
         >>> model.prepare_report.replaced
         ['1']
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"prepare: model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, RELUS):
         raise TypeError("prepare: the model is itself a ReLU and cannot be replaced in place")
     check_bits("prepare: act_bits", act_bits)

@@ -43,7 +43,8 @@ at::Tensor autograd(const at::Tensor& input, const OptionalTensor& weight, const
   const auto w = weight.value_or(at::Tensor());
   const auto b = bias.value_or(at::Tensor());
   BatchNorm norm;
-  if (is_differentiated({input, w, b})) norm.input = recipe_of(input);
+  // _batch_norm_with_update takes no empty batch.
+  if (is_differentiated({input, w, b}) && input.sym_numel() != 0) norm.input = recipe_of(input);
   if (!norm.input) return plain(input, weight, bias, running_mean, running_var, momentum, eps);
   at::Tensor y;
   at::Tensor mean;

@@ -69,7 +69,11 @@ at::Tensor autograd(const at::Tensor& input, const at::Tensor& weight, const std
                     c10::SymInt groups, bool recompute) {
   const auto b = bias.value_or(at::Tensor());
   Convolution convolution;
-  if (is_differentiated({input, weight, b}) && input.dim() == weight.dim()) {
+  const bool differentiate = is_differentiated({input, weight, b});
+  // A result that has no gradient may be recomputed all the same, for the normalization that reads it.
+  const bool may_recompute = recompute && at::GradMode::is_enabled() && !has_tangent(input) &&
+                             !has_tangent(weight) && !(b.defined() && has_tangent(b));
+  if ((differentiate || may_recompute) && input.dim() == weight.dim()) {
     convolution.input = recipe_of(input);
     if (!convolution.input && recompute) {
       auto whole = std::make_shared<Whole>();
@@ -92,8 +96,8 @@ at::Tensor autograd(const at::Tensor& input, const at::Tensor& weight, const std
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     y = plain(input, weight, bias, stride, padding, dilation, std::move(groups), recompute);
   }
-  auto edges = torch::autograd::collect_next_edges(input, weight, b);
-  set_layer_history(y, saved_copy(convolution), std::move(edges));
+  if (differentiate)
+    set_layer_history(y, saved_copy(convolution), torch::autograd::collect_next_edges(input, weight, b));
   if (recompute) {
     convolution.bias = b;
     attach_recipe(y, std::make_shared<Convolution>(std::move(convolution)));

@@ -52,7 +52,7 @@ at::Tensor autograd(const at::Tensor& input, const at::Tensor& weight,
   if (differentiate) linear.input = recipe_of(input);
   if (!linear.input) return plain(input, weight, bias);
   linear.size = input.sym_sizes().vec();
-  linear.weight = weight;
+  linear.weight = weight.detach();  // as torch, which keeps a view: weight.data may be given another memory
   linear.has_bias = b.defined();
   at::Tensor y;
   {

@@ -59,7 +59,7 @@ struct Cast : RecipeOf<Cast> {
 }  // namespace
 
 void attach_recipe(const at::Tensor& tensor, std::shared_ptr<Recipe> recipe) {
-  TORCH_INTERNAL_ASSERT(tensor.grad_fn() && !tensor.is_view());
+  TORCH_INTERNAL_ASSERT(!tensor.is_view());
   auto record = std::make_unique<RecordWithRecipe>();
   record->recipe = std::move(recipe);
   record->version = tensor._version();

@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import meters
 
@@ -34,6 +34,7 @@ class Problem:
     floor_bytes: int  # what has to cross memory once, whoever does it
     floor_flops: int = 0
     saves: bool = False  # the call builds an autograd graph: count what it keeps
+    least_rounds: int = 5  # more of them where a few percent matter and a round is long
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Effort:
 
 
 QUICK = Effort(least=3, most=3, seconds=0.0)
-FULL = Effort(least=5, most=60, seconds=12.0)
+FULL = Effort(least=0, most=60, seconds=12.0)  # a problem says how many at least
 
 
 def require(module):
@@ -75,11 +76,12 @@ def measure(problem, device, rates, quick=False, advance=lambda name: None):
             row |= {"status": "absent", "reason": str(reason)}
         except Exception as error:  # that a peer fails is a result, whatever the error
             row |= {"status": "failed", "reason": first_line(error)}
-    times = interleave(calls, blocks, device, QUICK if quick else FULL, advance)
+    effort = QUICK if quick else replace(FULL, least=problem.least_rounds)
+    times = interleave(calls, blocks, device, effort, advance)
     for name, call in calls.items():
         rows[name] |= summary(times[name]) | meters.footprint(call, problem.elements, problem.saves, device)
     del rows["copy"]
-    floor = 1e3 * max(min(times["copy"]), problem.floor_flops / rates["gemm_flops_per_s"])
+    floor = 1e3 * max(min(times["copy"]), problem.floor_flops / rates["flops_per_s"])
     facts = {"name": problem.name, "elements": problem.elements}
     facts["floor"] = {"bytes": problem.floor_bytes, "flops": problem.floor_flops, "ms": floor}
     return facts | {"rows": list(rows.values())}

@@ -101,7 +101,7 @@ def headline(report):
     device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
     return (
         f"{device}, torch {torch.__version__}: copies {rates['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
-        f"float32 matrix product {rates['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s"
+        f"float32 products {rates['flops_per_s'] / 1e9:.0f} GFLOP/s"
     )
 
 

@@ -2,14 +2,35 @@
 
 #include "launch.cuh"
 #include "torchqat/math/channel_view.h"
-#include "torchqat/math/region_code.h"
 #include "torchqat/math/staircase.h"
+#include "torchqat/math/step_codes.h"
 
-// What a thread of the kernels of staircase_relu takes: the eight elements that share a region word, and the
-// step sizes of their channels.
+// What a thread of the kernels of staircase_relu takes: eight elements, whose codes are packed together, and
+// the step sizes of their channels.
 namespace torchqat::cuda {
 
-constexpr int kGroup = math::kRegionsPerWord;
+constexpr int kGroup = math::kCodesTogether;
+
+// The packed codes of eight elements: regions, with one bit also states (2 bits), or states.
+template <int bits>
+using CodeGroup = Pack<uint8_t, bits>;
+
+template <int bits, typename opmath_t>
+__device__ void put_code(CodeGroup<bits>& group, int i, opmath_t x, const math::Staircase<opmath_t>& stair) {
+  unsigned code = 0;
+  if constexpr (bits == math::kRegionBits) {
+    code = static_cast<unsigned>(stair.region(x));
+  } else {
+    code = static_cast<unsigned>(stair.state(x));
+  }
+  math::put_code<bits>(group.value, i, code);
+}
+
+template <int bits, typename opmath_t>
+__device__ math::RegionBits<bool> region_bits(unsigned code, const math::Staircase<opmath_t>& stair) {
+  if constexpr (bits == math::kRegionBits) return math::bits_of(static_cast<math::Region>(code));
+  return stair.region_bits_of_state(static_cast<opmath_t>(code));
+}
 
 // The step sizes of a tensor, read on the device.
 template <typename opmath_t>

@@ -13,16 +13,17 @@ namespace torchqat::cuda {
 template <typename scalar_t>
 constexpr int kGroupsAtOnce = sizeof(scalar_t) == 2 ? 2 : 1;
 
-// y = the staircase of x, or its codes when out_t is uint8_t; and the regions where `regions` is not null.
-template <typename scalar_t, typename opmath_t, typename out_t>
+// y = the staircase of x, or its step indices when out_t is uint8_t; in `kept`, of that many bits each, the
+// packed regions (2) or states; nothing for 0.
+template <int kept_bits, typename scalar_t, typename opmath_t, typename out_t>
 __global__ void __launch_bounds__(kThreads)
-    staircase_relu_kernel(const scalar_t* __restrict__ x, out_t* __restrict__ y,
-                          uint16_t* __restrict__ regions, StepSizes<opmath_t> steps, int64_t n, bool packed) {
+    staircase_relu_kernel(const scalar_t* __restrict__ x, out_t* __restrict__ y, uint8_t* __restrict__ kept,
+                          StepSizes<opmath_t> steps, int64_t n, bool packed) {
   constexpr int kAtOnce = kGroupsAtOnce<scalar_t>;
   const auto finish = [&](int64_t g, const Pack<scalar_t, kGroup>& in) {
     const int64_t begin = g * kGroup;
     Pack<out_t, kGroup> out;
-    uint16_t word = 0;
+    [[maybe_unused]] CodeGroup<std::max(kept_bits, 1)> codes{};
     ChannelWalk at(steps.view, begin);
     auto stair = steps.of_channel(at.channel);
     TORCHQAT_UNROLL
@@ -33,15 +34,17 @@ __global__ void __launch_bounds__(kThreads)
       } else {
         out[i] = static_cast<out_t>(stair(v));
       }
-      word |= begin + i < n ? math::region_word(stair.region(v), i) : 0;
+      if constexpr (kept_bits > 0) {
+        if (begin + i < n) put_code<kept_bits>(codes, i, v, stair);
+      }
       const int64_t channel = at.channel;
       at.next();
       if (at.channel != channel) stair = steps.of_channel(at.channel);
     }
     store_group(y, begin, n, packed, out);
-    if (regions != nullptr) regions[g] = word;
+    if constexpr (kept_bits > 0) store_pack(kept + g * kept_bits, codes);
   };
-  const int64_t groups = math::region_words(n);
+  const int64_t groups = (n + kGroup - 1) / kGroup;
   for (int64_t g = grid_thread(); g < groups; g += grid_threads() * kAtOnce) {
     Pack<scalar_t, kGroup> in[kAtOnce];
     TORCHQAT_UNROLL
@@ -53,26 +56,67 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename opmath_t, typename scalar_t, typename out_t>
-cudaError_t launch_staircase_relu(const scalar_t* x, out_t* y, uint16_t* regions,
+template <int kept_bits, typename opmath_t, typename scalar_t, typename out_t>
+cudaError_t launch_staircase_relu(const scalar_t* x, out_t* y, uint8_t* kept,
                                   const StepSizes<opmath_t>& steps, int64_t n, cudaStream_t stream) {
-  return launch(staircase_relu_kernel<scalar_t, opmath_t, out_t>,
-                blocks_for(n, kGroup * kGroupsAtOnce<scalar_t>), stream, x, y, regions, steps, n,
+  return launch(staircase_relu_kernel<kept_bits, scalar_t, opmath_t, out_t>,
+                blocks_for(n, kGroup * kGroupsAtOnce<scalar_t>), stream, x, y, kept, steps, n,
                 pack_aligned<kGroup>(x, y));
 }
 
-// What backward keeps of the forward pass, element by element or in groups of eight: the regions, ...
-template <typename opmath_t>
-struct FromRegions {
-  const uint16_t* words;
-  math::RegionBackward<opmath_t> grads;
+// y once more, from its packed states.
+template <int code_bits, typename scalar_t, typename opmath_t>
+__global__ void __launch_bounds__(kThreads)
+    staircase_relu_rebuild_kernel(const uint8_t* __restrict__ codes, scalar_t* __restrict__ y,
+                                  StepSizes<opmath_t> steps, int64_t n, bool packed) {
+  const int64_t groups = (n + kGroup - 1) / kGroup;
+  for (int64_t g = grid_thread(); g < groups; g += grid_threads()) {
+    const auto group = load_pack<code_bits>(codes + g * code_bits);
+    Pack<scalar_t, kGroup> out;
+    ChannelWalk at(steps.view, g * kGroup);
+    auto stair = steps.of_channel(at.channel);
+    TORCHQAT_UNROLL
+    for (int i = 0; i < kGroup; ++i) {
+      const auto state = static_cast<opmath_t>(math::code_at<code_bits>(group.value, i));
+      out[i] = static_cast<scalar_t>(stair.value(stair.level_of_state(state)));
+      const int64_t channel = at.channel;
+      at.next();
+      if (at.channel != channel) stair = steps.of_channel(at.channel);
+    }
+    store_group(y, g * kGroup, n, packed, out);
+  }
+}
 
-  __device__ math::Region element(int64_t p) const { return math::region_at(words[p / kGroup], p % kGroup); }
-  __device__ uint16_t group(int64_t begin, int64_t, bool) const { return words[begin / kGroup]; }
-  static __device__ math::Region element(uint16_t word, int i) { return math::region_at(word, i); }
-  __device__ math::StaircaseGrad<opmath_t> operator()(opmath_t grad, math::Region region,
-                                                      const math::Staircase<opmath_t>&) const {
-    return grads(grad, math::bits_of(region));
+template <int code_bits, typename opmath_t, typename scalar_t>
+cudaError_t launch_staircase_relu_rebuild(const uint8_t* codes, scalar_t* y, const StepSizes<opmath_t>& steps,
+                                          int64_t n, cudaStream_t stream) {
+  return launch(staircase_relu_rebuild_kernel<code_bits, scalar_t, opmath_t>, blocks_for(n, kGroup), stream,
+                codes, y, steps, n, pack_aligned<kGroup>(y));
+}
+
+// What backward keeps of the forward pass, element by element or in groups of eight: regions or states, ...
+template <int bits, typename opmath_t>
+struct FromCodes {
+  const uint8_t* codes;
+  math::RegionBackward<opmath_t> grads;
+  bool exact;  // of states: the derivative in alpha is the level inside
+
+  __device__ unsigned element(int64_t p) const {
+    return math::code_at<bits>(codes + p / kGroup * bits, static_cast<int>(p % kGroup));
+  }
+  __device__ CodeGroup<bits> group(int64_t begin, int64_t, bool) const {
+    return load_pack<bits>(codes + begin / kGroup * bits);
+  }
+  static __device__ unsigned element(const CodeGroup<bits>& group, int i) {
+    return math::code_at<bits>(group.value, i);
+  }
+  __device__ math::StaircaseGrad<opmath_t> operator()(opmath_t grad, unsigned code,
+                                                      const math::Staircase<opmath_t>& stair) const {
+    auto slopes = grads;
+    if constexpr (bits != math::kRegionBits) {
+      if (exact) slopes.alpha.inside = static_cast<opmath_t>(code);
+    }
+    return slopes(grad, region_bits<bits>(code, stair));
   }
 };
 

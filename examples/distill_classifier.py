@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from torchqat.distill import Distiller, FAQDLoss, LazyConnector
 from torchqat.nn import FastFeatureAffinityLoss
 from torchqat.optim import BCGD, param_groups
-from training import orderly
+from training import orderly, report_memory
 
 FIRST_EPOCHS = (1, 2, 5)
 ALL = ["float", *ARMS]
@@ -120,19 +120,24 @@ class Network(table.Network):
     def train_student(self, student: nn.Module) -> None:
         """In float, then quantized, with one and the same loss."""
         args, warm_up = self.args, f"{self.name}, float"
+        images = self.dataset.normalized(self.dataset.images[: args.batch_size], args.device)
+        report_memory(args, student, images, self.quantize)
         if args.start == "teacher":
             packing.load_into(student, self.float_file)
         distiller = self.distiller(student)
         if args.warm_up and (self.saved is None or self.saved["stage"] == warm_up):
             optimizer = torch.optim.SGD(distiller.parameters(), args.float_lr, **self.sgd_options())
             self.train(warm_up, distiller, optimizer, args.warm_up)
-        torchqat.prepare(student, args.act_bits)
+        self.quantize(student)
         if (args.warm_up or args.start == "teacher") and self.saved is None:
             torchqat.calibrate(student, [self.dataset.normalized(self.dataset.images[:1000], args.device)])
         groups = param_groups(student, args.weight_bits)
         groups.append({"name": "connectors", "params": list(distiller.connectors.parameters())})
         optimizer = BCGD(groups, args.lr, **self.sgd_options())
         self.train(self.name, distiller, optimizer, args.epochs)
+
+    def quantize(self, student: nn.Module) -> None:
+        torchqat.prepare(student, self.args.act_bits, recompute=self.args.recompute)
 
     def distiller(self, student: nn.Module) -> Distiller:
         """The student beside its teacher, with the loss of the arm."""

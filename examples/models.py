@@ -55,6 +55,30 @@ def resnet20(channels: int, size: int, classes: int, width: float = 1) -> nn.Seq
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
 
 
+def resnet18(channels: int, size: int, classes: int, width: float = 1) -> nn.Sequential:
+    """ResNet-18 (He et al. 2016), whose shortcuts are convolutions where the width grows. Images narrower
+    than 64 pixels begin with a 3 x 3 convolution and are not pooled, as is usual for CIFAR-10."""
+    widths = [round(width * n) for n in (64, 128, 256, 512)]
+    layers, before = _conv(channels, widths[0], 3), widths[0]
+    if size >= 64:
+        layers = [*_conv(channels, widths[0], 7, stride=2), nn.MaxPool2d(3, stride=2, padding=1)]
+    for out in widths:
+        for _ in range(2):
+            layers.append(_Residual(before, out, projection=True))
+            before = out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+
+
+def mobilenet(channels: int, size: int, classes: int, width: float = 1) -> nn.Sequential:
+    """Small: depthwise convolutions, each followed by one across channels (Howard et al. 2017)."""
+    first, second, third, fourth = (round(width * n) for n in (32, 64, 128, 256))
+    layers, before = _conv(channels, first, 3, stride=2 if size >= 64 else 1), first
+    for out, stride in ((second, 1), (third, 2), (third, 1), (fourth, 2), (fourth, 1)):
+        layers += [*_conv(before, before, 3, stride, groups=before), *_conv(before, out, 1)]
+        before = out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+
+
 def cnn4(channels: int, size: int, classes: int, width: float = 1) -> nn.Sequential:
     """Four convolutions, 16 to 64 wide; the first has 5 x 5 weights and takes every second pixel."""
     return _cnn4(_conv(channels, round(width * 16), 5, stride=2), classes, width)
@@ -97,6 +121,8 @@ MODELS = {
     "lenet5": lenet5,
     "vgg11": vgg11,
     "resnet20": resnet20,
+    "resnet18": resnet18,
+    "mobilenet": mobilenet,
     "cnn4": cnn4,
     "cnn4-fine": cnn4_fine,
     "cnn4-strided": cnn4_strided,
@@ -112,15 +138,17 @@ def maps(model: nn.Sequential) -> Iterator[str]:
             yield name
 
 
-def _conv(channels: int, width: int, kernel: int, stride: int = 1) -> list[nn.Module]:
-    convolution = nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False)
+def _conv(channels: int, width: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    padding = kernel // 2
+    convolution = nn.Conv2d(channels, width, kernel, stride, padding, groups=groups, bias=False)
     return [convolution, nn.BatchNorm2d(width), nn.ReLU()]
 
 
 class _Residual(nn.Module):
-    """Two convolutions and a shortcut. `relu` is called twice; torchqat.prepare makes two modules of it."""
+    """Two convolutions and a shortcut, which is a convolution or has no weights. `relu` is called twice;
+    torchqat.prepare makes two modules of it."""
 
-    def __init__(self, channels: int, width: int):
+    def __init__(self, channels: int, width: int, projection: bool = False):
         super().__init__()
         self.stride, self.grow = (1 if width == channels else 2), width - channels
         self.conv1 = nn.Conv2d(channels, width, 3, self.stride, padding=1, bias=False)
@@ -128,12 +156,17 @@ class _Residual(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
+        self.shortcut = None
+        if projection and self.grow:
+            convolution = nn.Conv2d(channels, width, 1, self.stride, bias=False)
+            self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.grow))
-        return self.relu(y + shortcut)
+        if self.shortcut is not None:
+            return self.relu(y + self.shortcut(x))
+        return self.relu(y + F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.grow)))
 
 
 def class_scores(model: nn.Module, images: Tensor, batch_size: int = 1000) -> Tensor:

@@ -19,7 +19,18 @@ RECIPES = {
     "cifar10": {"float_epochs": 200, "epochs": 200, "batch_size": 128, "float_lr": 0.1, "lr": 0.1},
 }
 # Of what the command line says, these do not change what is trained.
-NOT_SETTINGS = ("out", "resume", "overwrite", "seeds", "data_dir", "no_plots", "threads", "device")
+NOT_SETTINGS = (
+    "out",
+    "resume",
+    "overwrite",
+    "seeds",
+    "data_dir",
+    "no_plots",
+    "threads",
+    "device",
+    "memory_report",
+    "recompute",
+)
 # What SGD and Adam would ignore.
 BCGD_ONLY = ("blend", "method", "weight_bits", "per_channel", "keep_first_last_float")
 # What a run that trains no float network would ignore.
@@ -221,6 +232,16 @@ def add_run(group, out: Path, not_settings: tuple[str, ...] = NOT_SETTINGS) -> N
         "--threads", type=number(int, 1, 1024), default=len(os.sched_getaffinity(0)), help="threads of torch"
     )
     group.add_argument("--device", default="cpu", help="cpu or cuda")
+    group.add_argument(
+        "--memory-report",
+        action="store_true",
+        help="say at first what the quantized network keeps for backward, beside the float one",
+    )
+    group.add_argument(
+        "--recompute",
+        action="store_true",
+        help="keep less: compute convolutions again in backward (same results, more time)",
+    )
     group.add_argument("--out", type=Path, default=out, help="folder of all results")
     free = ", ".join(
         "--" + key.replace("_", "-") for key in not_settings if key not in ("resume", "overwrite")

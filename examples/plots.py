@@ -10,6 +10,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor, nn
+from torchqat import MemoryReport
 from torchqat import functional as QF
 from torchqat.nn import StaircaseReLU
 from torchqat.optim import BCGD
@@ -36,6 +37,32 @@ def draw_all(folder: Path, history: list[dict], model: nn.Module, optimizer, ima
         activations(folder / "activations.png", model, images)
         first = next(module for module in model.modules() if isinstance(module, StaircaseReLU))
         estimators(folder / "estimators.png", first.bits)
+
+
+def draw_memory(path: Path, report: MemoryReport) -> None:
+    """Bars for what each layer keeps for backward, in the float network and in the quantized one."""
+    with plt.rc_context(STYLE):
+        size, unit = (2**20, "MiB") if report.float_bytes >= 2**22 else (2**10, "KiB")
+        figure, axes = plt.subplots(figsize=(7, 1 + 0.22 * len(report.layers)))
+        places = range(len(report.layers))
+        for shift, color, what, total in (
+            (-0.2, FLOAT, "float_bytes", report.float_bytes),
+            (0.2, QUANTIZED, "bytes", report.bytes),
+        ):
+            name = "float" if color is FLOAT else "quantized"
+            axes.barh(
+                [place + shift for place in places],
+                [getattr(layer, what) / size for layer in report.layers],
+                0.4,
+                color=color,
+                label=f"{name}: {total / size:.1f} {unit} in all",
+            )
+        axes.set_yticks(places, [f"{layer.name} ({layer.kind})" for layer in report.layers])
+        axes.margins(y=0.01)
+        axes.invert_yaxis()
+        axes.set(xlabel=f"kept for backward ({unit})", title=f"{report.ratio:.2f} of the float network")
+        axes.legend()
+        _save(figure, path)
 
 
 def training(path: Path, history: list[dict]) -> None:

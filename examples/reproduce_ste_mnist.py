@@ -39,7 +39,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import nn
 from torchqat.nn import StaircaseReLU
 from torchqat.optim import BCGD, param_groups
-from training import orderly
+from training import orderly, report_memory
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,17 @@ class Network(table.Network):
             self.train("float", model, optimizer, self.args.float_epochs)
             self.progress["bytes"]["float"] = packing.save(self.float_file, model)
         else:
+            images = self.dataset.normalized(self.dataset.images[: self.args.batch_size], self.args.device)
+            report_memory(self.args, model, images, self.quantize)
             packing.load_into(model, self.float_file)
             self.train(self.name, model, self.quantized(model), self.args.epochs)
 
+    def quantize(self, model: nn.Module) -> None:
+        torchqat.prepare(model, ACT_BITS, ste=self.row.ste, recompute=self.args.recompute)
+
     def quantized(self, model: nn.Module) -> BCGD:
         """Makes the activations staircases and returns the optimizer: with float weights it is plain SGD."""
-        torchqat.prepare(model, ACT_BITS, ste=self.row.ste)
+        self.quantize(model)
         torchqat.calibrate(model, [self.dataset.normalized(self.dataset.images[:1000], self.args.device)])
         for module in model.modules():
             if isinstance(module, StaircaseReLU):

@@ -24,7 +24,7 @@ import torch
 import torchqat
 from options import parse_arguments
 from torchqat.optim import BCGD, param_groups
-from training import Training, conditions, orderly
+from training import Training, conditions, orderly, report_memory
 
 
 def main() -> None:
@@ -47,6 +47,8 @@ class Run(Training):
         args, dataset = self.args, self.dataset
         torch.manual_seed(self.seed)
         model = models.MODELS[args.model](dataset.channels, dataset.size, dataset.classes).to(args.device)
+        images = dataset.normalized(dataset.images[: args.batch_size], args.device)
+        report_memory(args, model, images, self.quantize)
         if self.saved is None and args.float_weights:
             packing.load_into(model, args.float_weights)
         if self.saved is None or self.saved["stage"] == "float":
@@ -54,7 +56,7 @@ class Run(Training):
             self.train("float", model, optimizer, 0 if args.float_weights else args.float_epochs)
             self.progress["bytes"]["float"] = packing.save(self.folder / "float.tqat", model)
 
-        torchqat.prepare(model, args.act_bits, ste=args.ste, alpha_grad=args.alpha_grad)
+        self.quantize(model)
         if self.saved is None:
             torchqat.calibrate(model, [dataset.normalized(dataset.images[:1000], args.device)])
         optimizer = self.quantizing_optimizer(model)
@@ -65,6 +67,11 @@ class Run(Training):
             images = dataset.normalized(dataset.test_images[:1000], args.device)
             plots.draw_all(self.folder, self.progress["history"], model, optimizer, images)
         return self.metrics()
+
+    def quantize(self, model: torch.nn.Module) -> None:
+        args = self.args
+        options = {"ste": args.ste, "alpha_grad": args.alpha_grad, "recompute": args.recompute}
+        torchqat.prepare(model, args.act_bits, **options)
 
     def quantizing_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         args = self.args

@@ -2,10 +2,11 @@
 
 import argparse
 import contextlib
+import copy
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import checkpoint
@@ -52,6 +53,26 @@ def conditions(args: argparse.Namespace, settings: dict) -> dict:
     """What to write beside results."""
     where = {"device": args.device, "threads": args.threads}
     return {"settings": settings, **where, "torch": torch.__version__, "torchqat": torchqat.__version__}
+
+
+def report_memory(
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    images: Tensor,
+    quantize: Callable[[torch.nn.Module], None],
+) -> None:
+    """Says, with --memory-report, what a network keeps for backward once it is quantized; and draws it."""
+    if not args.memory_report:
+        return
+    args.memory_report = False  # all seeds are alike
+    model = copy.deepcopy(model)
+    quantize(model)
+    report = torchqat.memory_report(model, images)
+    print(f"what is kept for the backward pass of {len(images)} images\n{report}\n")
+    if not args.no_plots:
+        import plots
+
+        plots.draw_memory(args.out / "memory.png", report)
 
 
 class Training:

@@ -9,15 +9,6 @@ def device(request):
     return torch.device(request.param)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def compile_cache(tmp_path_factory):
-    """A cache of compiled graphs for this run alone: torch's own one outlives it, and its keys hold no schema
-    of an operator, so a graph compiled with another state of the library would be run again here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
-        yield
-
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -76,6 +76,17 @@ def staircase_grads(grad, x, alpha, bits, ste, rule, channel_dim=1):
     return grad_x.to(x.dtype), grad_alpha
 
 
+# ---- packed codes: the definition in pack_codes ----
+
+
+def packed_codes(codes, bits):
+    """Code i of the row-major order is in bits i * bits % 8 and up of byte i * bits // 8."""
+    packed = [0] * -(-codes.numel() * bits // 8)
+    for i, code in enumerate(codes.flatten().tolist()):
+        packed[i * bits // 8] |= code << i * bits % 8
+    return torch.tensor(packed, dtype=torch.uint8, device=codes.device)
+
+
 # ---- weight quantization: BCGD, section 3; the optimum by trying every breakpoint of the step size ----
 
 

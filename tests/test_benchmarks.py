@@ -88,7 +88,7 @@ def test_a_device_that_is_not_there_is_a_clear_error(harness, capsys):
 
 def row_of(harness, make, **options):
     problem = harness.Problem("small", 10, [harness.Contender("one", make, **options)], floor_bytes=64)
-    (row,) = harness.measure(problem, "cpu", {"gemm_flops_per_s": 1e9}, quick=True)["rows"]
+    (row,) = harness.measure(problem, "cpu", {"flops_per_s": 1e9}, quick=True)["rows"]
     return row
 
 
@@ -105,7 +105,7 @@ def test_who_cannot_take_part_is_named_with_the_reason(harness):
 
 def test_the_floor_is_the_slower_of_bytes_and_flops(harness):
     problem = harness.Problem("small", 10, [], floor_bytes=64, floor_flops=10**9)
-    assert harness.measure(problem, "cpu", {"gemm_flops_per_s": 1e9}, quick=True)["floor"]["ms"] == 1000
+    assert harness.measure(problem, "cpu", {"flops_per_s": 1e9}, quick=True)["floor"]["ms"] == 1000
 
 
 def test_saved_bytes_counts_every_storage_once(harness):
@@ -128,3 +128,18 @@ def test_peak_bytes_sees_what_a_call_takes_and_gives_back(harness):
     if peak is None:
         pytest.skip("this kernel does not tell the peak of resident memory")
     assert 0.9 * size < peak < 1.2 * size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
+def test_a_larger_batch_trains_where_the_float_network_does_not(harness):
+    command = [sys.executable, BENCHMARKS / "larger_batch.py", "--batch", "128", "--memory", "180"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    rows = [line.split(" | ") for line in finished.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [(row[0], row[1], row[2].startswith("trains: losses ")) for row in rows] == [
+        ("| float", "128", False),
+        ("| codes", "128", True),
+        ("| codes", "192", True),
+        ("| recompute", "384", True),
+    ]
+    assert "memory" in rows[0][2]  # what it died of

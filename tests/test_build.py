@@ -75,6 +75,31 @@ def test_a_library_that_is_not_there_is_named(tmp_path):
     assert f"TORCHQAT_LIBRARY names a file that is not there: {tmp_path}/nothing.so" in result.stderr
 
 
+def test_graphs_compiled_with_another_build_are_not_used(tmp_path):
+    """torch keeps compiled graphs on disk: ours may call operators that another build does not have."""
+    info = torchqat.build_info()
+    for file in (info["library"], Path(info["library"]).with_suffix(".json")):
+        shutil.copy2(file, tmp_path)
+    library = tmp_path / Path(info["library"]).name
+    code = """
+import torch, torchqat
+from torch._dynamo.utils import counters
+act = torchqat.nn.StaircaseReLU(2)
+torch.compile(act)(torch.randn(4, requires_grad=True)).sum().backward()
+print(counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"])"""
+
+    def hits():
+        environment = dict(TORCHQAT_LIBRARY=str(library), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+        result = run_python(code, **environment)
+        assert result.returncode == 0, result.stderr
+        return int(result.stdout)
+
+    assert hits() == 0
+    assert hits() > 0
+    os.utime(library, ns=(0, 0))
+    assert hits() == 0
+
+
 def test_import_needs_torch_alone():
     code = """
 import sys, importlib.metadata, torch

@@ -7,6 +7,7 @@ from torchqat import functional as F
 from torchqat._call import call
 
 X, STEP = torch.tensor([-1.0, 0.2, 0.6, 9.0]), torch.tensor(0.5)
+CODES = torch.tensor([1, 0, 3], dtype=torch.uint8)
 ONE_STEP = dict(params=[X], grads=[X], latents=[X], scales=[STEP], momentum_buffers=[], steps=[])
 
 
@@ -24,6 +25,11 @@ ONE_STEP = dict(params=[X], grads=[X], latents=[X], scales=[STEP], momentum_buff
             r"quantize_weight: channel_dim must be of type Optional\[int\], got float",
         ),
         (lambda: F.weight_codes(X, 0.5, 2), "weight_codes: scale must be of type Tensor, got float"),
+        (lambda: F.pack_codes([1, 0], 2), "pack_codes: codes must be of type Tensor, got list"),
+        (
+            lambda: F.unpack_codes(CODES, 8, 3),
+            r"unpack_codes: size must be of type List\[int\], got int",
+        ),
         (
             lambda: F.bcgd_step_(**ONE_STEP, lr=0.1, bits=1),
             "bcgd_step_: lr must be of type Tensor, got float",
@@ -52,6 +58,8 @@ CALLS = {
     "staircase_codes": lambda x, step: F.staircase_codes(x, step, 2),
     "quantize_weight": lambda x, step: F.quantize_weight(x, 2),
     "weight_codes": lambda x, step: F.weight_codes(x, step, 2),
+    "pack_codes": lambda x, step: F.pack_codes(x.relu().ceil().to(torch.uint8), 4),
+    "unpack_codes": lambda x, step: F.unpack_codes(x.relu().ceil().to(torch.uint8), 4, [2, 4]),
 }
 
 

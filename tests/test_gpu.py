@@ -46,6 +46,34 @@ def codes(dtype):
     return Case([x, torch.tensor(0.3)], lambda inputs: [F.staircase_codes(*inputs, 4)])
 
 
+def kept(bits, dtype=torch.float32):
+    """y, what is kept of it, y once more, and the gradients of a network that keeps codes."""
+    x = torch.randn(16, 8, 31, 33, dtype=dtype)
+
+    def run(inputs):
+        x, alpha = inputs[0].requires_grad_(), inputs[1].requires_grad_()
+        op = torch.ops.qat
+        y, codes = op._staircase_relu_forward(x.detach(), alpha.detach(), bits, 1, True)
+        again = op._staircase_relu_rebuild(codes, alpha.detach(), y.shape, y.stride(), dtype, bits, 1, y)
+        z = F.staircase_relu(x, alpha, bits, alpha_grad="exact", save_codes=True)
+        grads = torch.autograd.grad(
+            op._max_pool2d(z, [2, 2], [2, 2], [0, 0], [1, 1], False).sum(), (x, alpha)
+        )
+        return [y, codes, again, *grads]
+
+    return Case([x, torch.rand(8) + 0.1], run)
+
+
+def packing(bits):
+    codes = torch.randint(0, 2**bits, (70_001,), dtype=torch.uint8)
+
+    def run(inputs):
+        packed = F.pack_codes(inputs[0], bits)
+        return [packed, F.unpack_codes(packed, bits, [70_001])]
+
+    return Case([codes], run)
+
+
 def weights(bits, method="exact", channel_dim=None):
     def run(inputs):
         quantized, scale = F.quantize_weight(inputs[0], bits, method=method, channel_dim=channel_dim)
@@ -91,6 +119,9 @@ CASES = {
     },
     "staircase_relu-channels": lambda: staircase(torch.float32, "clipped_relu", channels=8),
     "staircase_codes": lambda: codes(torch.float32),
+    **{f"staircase_relu-kept-{bits}": lambda bits=bits: kept(bits) for bits in (1, 2, 4, 8)},
+    "staircase_relu-kept-bfloat16": lambda: kept(4, torch.bfloat16),
+    **{f"pack_codes-{bits}": lambda bits=bits: packing(bits) for bits in (1, 2, 4, 8)},
     **{f"quantize_weight-{bits}": lambda bits=bits: weights(bits) for bits in (1, 2, 3, 4, 8)},
     "quantize_weight-channels": lambda: weights(4, channel_dim=0),
     "quantize_weight-lloyd": lambda: weights(4, "lloyd"),

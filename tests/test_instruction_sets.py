@@ -37,6 +37,11 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                 y = F.staircase_relu(x, a, bits, **options)
                 y.backward(numbers(shape, 104729).to(dtype).clamp(-9, 9))
                 seen += [y, x.grad, a.grad, F.staircase_codes(x, a, bits)]
+                op, x, a = torch.ops.qat, x.detach(), a.detach()
+                y, kept = op._staircase_relu_forward(x, a, bits, 1, True)
+                seen += [kept, op._staircase_relu_rebuild(kept, a, y.shape, y.stride(), dtype, bits, 1, y)]
+                of_y = (y.shape, y.stride(), bits)
+                seen += op._staircase_relu_backward(y, kept, a, *of_y, "relu", "exact", 1, True)
     for bits, method in ((1, "exact"), (2, "exact"), (2, "twn"), (3, "exact"), (4, "lloyd"), (8, "exact")):
         for n in (1, 7, 40, 3000, 40000):
             latent = (numbers((n,), 7919) / 3).clamp(-9, 9).to(dtype)
@@ -82,7 +87,8 @@ def python(capability, *arguments):
 @pytest.mark.parametrize("capability", LESSER)
 def test_the_tests_of_the_operators_pass_on_lesser_processors(capability):
     """But for compiled code: inductor writes vectors of its own, for the processor that is there."""
-    files = [TESTS / f"test_{op}.py" for op in ("staircase_relu", "bcgd_step")]
+    files = [TESTS / f"test_{op}.py" for op in ("staircase_relu", "bcgd_step", "pack_codes")]
+    files.append(f"{TESTS}/test_code_saving.py::test_every_width_and_dtype")
     result = python(
         capability, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not compile", *files
     )

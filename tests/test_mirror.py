@@ -63,7 +63,8 @@ def test_cpp_modules_mirror_python(name):
 
 
 def test_the_losses_are_modules_in_cpp():
-    assert set(cpp_modules()) == set(torchqat.nn.__all__) - {"StaircaseReLU"}
+    python_only = {name for name in torchqat.nn.__all__ if name.startswith("Quant")} | {"StaircaseReLU"}
+    assert set(cpp_modules()) == set(torchqat.nn.__all__) - python_only
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -28,6 +28,19 @@ def alpha(*shape, grad=True):
     return torch.full(shape, 0.4).requires_grad_(grad)
 
 
+def zeros(size):
+    return torch.zeros(size, dtype=torch.uint8)
+
+
+def of_four(bits):
+    """alpha, size, stride and bits of a private operator over four elements."""
+    return alpha(grad=False), [4], [1], bits
+
+
+def small(*shape, bits):
+    return torch.randint(0, 2**bits, shape, dtype=torch.uint8)
+
+
 def lists():
     """params, grads, latents, scales, momentum_buffers, steps of bcgd_step_."""
     latents = [torch.randn(3, 4), torch.randn(5)]
@@ -72,6 +85,20 @@ SAMPLES = {
         ((x(2, 3, 4, 5).to(memory_format=torch.channels_last), alpha(5), 3), dict(channel_dim=-1)),
         ((x(4, 9)[:, ::2], alpha(), 8), {}),
     ],
+    "pack_codes": lambda: [
+        ((small(3, 5, bits=2), 2), {}),
+        ((small(2, 3, 4, 5, bits=1).to(memory_format=torch.channels_last), 1), {}),
+        ((small(4, 9, bits=4)[:, ::2], 4), {}),
+        ((small(0, 3, bits=8), 8), {}),
+        ((small(bits=1), 1), {}),
+    ],
+    "unpack_codes": lambda: [
+        ((small(4, bits=8), 2, [3, 5]), {}),
+        ((small(3, bits=8), 1, [23]), {}),
+        ((small(20, bits=8)[::2], 4, [4, 5]), {}),
+        ((small(0, bits=8), 4, [0, 3]), {}),
+        ((small(1, bits=8), 8, []), {}),
+    ],
     "bcgd_step_": lambda: [
         (lists(), dict(lr=torch.tensor(0.1), bits=1, momentum=0.9)),
         ((*lists()[:4], [], []), dict(lr=torch.tensor(0.1), bits=2)),
@@ -98,24 +125,33 @@ SAMPLES = {
     ],
     "recommend_feature_affinity": lambda: [],
     "_bounded_alpha": lambda: [((alpha(3), 1e-3, 0.01, 1.0), {}), ((alpha(grad=False), 1.0, 1.0, 1.0), {})],
-    "_staircase_relu_forward": lambda: [((x(grad=False), alpha(grad=False), 2, 1), {})],
-    "_staircase_relu_backward": lambda: [
-        (
-            (
-                x(4, grad=False),
-                torch.zeros(2, dtype=torch.uint8),
-                alpha(grad=False),
-                [4],
-                [1],
-                2,
-                "relu",
-                "min",
-                1,
-            ),
-            {},
-        ),
-        ((x(4, grad=False), x(4, grad=False), alpha(grad=False), [4], [1], 2, "relu", "exact", 1), {}),
+    "_staircase_relu_forward": lambda: [
+        ((x(grad=False), alpha(grad=False), bits, 1, codes), {})
+        for bits, codes in [(2, False), (1, True), (2, True), (4, True), (8, True)]
     ],
+    "_staircase_relu_rebuild": lambda: [
+        ((zeros(size), alpha(3, grad=False), [2, 3, 4, 5], [60, 1, 15, 3], dtype, bits, 1, torch.ones(1)), {})
+        for bits, size, dtype in [(1, 30, torch.float32), (4, 120, torch.bfloat16), (8, 240, torch.float64)]
+    ],
+    "_staircase_relu_backward": lambda: [
+        ((x(4, grad=False), zeros(2), *of_four(2), "relu", "min", 1, False), {}),
+        ((x(4, grad=False), zeros(4), *of_four(2), "relu", "exact", 1, True), {}),
+        ((x(4, grad=False), x(4, grad=False), *of_four(2), "relu", "exact", 1, False), {}),
+    ],
+    "_convolution": lambda: (
+        [
+            ((x(), x(6, 3, 2, 2), x(6), [1, 1], [0, 0], [1, 1], 1, recompute), {})
+            for recompute in (False, True)
+        ]
+        + [((x(2, 4, 5), x(2, 2, 3), None, [2], [1], [1], 2, False), {})]
+    ),
+    "_linear": lambda: [((x(4, 5), x(3, 5), x(3)), {}), ((x(4, 5, grad=False), x(3, 5), None), {})],
+    "_max_pool2d": lambda: [((x(), [2, 2], [2, 2], [0, 0], [1, 1], False), {})],
+    "_batch_norm": lambda: [
+        ((x(), x(3), x(3), x(3, grad=False), torch.ones(3), 0.1, 1e-5), {}),
+    ],
+    "_in_backward": lambda: [((x(grad=False), torch.ones(1)), {})],
+    "_with_size": lambda: [((x(grad=False), [2, 3, 4, 5]), {})],
     "_feature_affinity_loss": lambda: [((x(grad=False), x(grad=False), "l1", "mean", 1e-5), {})],
     "_fast_feature_affinity_loss": lambda: [
         ((x(grad=False), x(grad=False), x(20, 3, grad=False), "fro", "sum", 1e-5), {})
@@ -410,10 +446,10 @@ def test_more_than_2_to_the_31_elements():
     v = torch.zeros(n, dtype=torch.bfloat16)
     v[-3:] = torch.tensor([0.5, 3.0, 5.0])
     alpha = torch.tensor(1.0)
-    y, regions = torch.ops.qat._staircase_relu_forward(v, alpha, 2, 1)
+    y, regions = torch.ops.qat._staircase_relu_forward(v, alpha, 2, 1, False)
     assert y[-4:].tolist() == [0, 1, 3, 3]
     del v
     grad_x, grad_alpha = torch.ops.qat._staircase_relu_backward(
-        y, regions, alpha, y.shape, y.stride(), 2, "clipped_relu", "three_valued", 1
+        y, regions, alpha, y.shape, y.stride(), 2, "clipped_relu", "three_valued", 1, False
     )
     assert grad_x[-4:].tolist() == [0, 1, 3, 0] and grad_alpha == 2 * (1 + 3) + 3 * 3

@@ -92,6 +92,22 @@ def test_same_seed_same_numbers_and_another_seed_others(train, tmp_path):
     assert a[1:] != c[1:]
 
 
+def test_memory_is_reported_and_recomputing_changes_no_result(example, tmp_path, monkeypatch, capsys):
+    plain, leaner = tmp_path / "plain", tmp_path / "leaner"
+    words = (*QUICK, "--model", "resnet20", "--seeds", 0, 1, "--memory-report", "--out")
+    code, said, _ = run_main(example, (*words, plain), monkeypatch, capsys)
+    assert code == 0 and said.count("of the float network") == 1
+    assert said.startswith("what is kept for the backward pass of 40 images\nlayer ")
+    assert (plain / "memory.png").stat().st_size > 10_000
+    code, said, _ = run_main(example, (*words, leaner, "--recompute", "--no-plots"), monkeypatch, capsys)
+    assert code == 0 and not (leaner / "memory.png").exists()
+    kept = float(said.split(" of the float network")[0].split()[-1])
+    assert kept < 0.15
+    for seed in ("seed-0", "seed-1"):
+        ours, theirs = contents(leaner / seed), contents(plain / seed)
+        assert ours[1:] == theirs[1:] and ours[0]["history"] == theirs[0]["history"]
+
+
 def test_several_seeds_give_mean_and_spread(train, tmp_path):
     code, stdout, _ = train("--seeds", 0, 1, "--out", tmp_path)
     assert code == 0 and "mean and standard deviation of 2 seeds" in stdout
@@ -386,7 +402,9 @@ def test_the_packed_network_is_the_network(train, example, tmp_path, options):
 
 
 @pytest.mark.parametrize("size", [8, 28, 32])
-@pytest.mark.parametrize("name, staircases", [("lenet5", 3), ("vgg11", 8), ("resnet20", 19)])
+@pytest.mark.parametrize(
+    "name, staircases", [("lenet5", 3), ("vgg11", 8), ("resnet20", 19), ("resnet18", 17), ("mobilenet", 11)]
+)
 def test_every_model_takes_every_image_size(example, name, staircases, size):
     model = torchqat.prepare(example.models.MODELS[name](1, size, 10), 2)
     assert len(model.prepare_report.replaced) == staircases and not model.prepare_report.not_replaced

@@ -10,7 +10,7 @@ TORCH_LIBRARY(qat, m) {
 
   m.def(
       "staircase_relu(Tensor x, Tensor alpha, int bits, *, str ste='clipped_relu', "
-      "str alpha_grad='three_valued', int channel_dim=1) -> Tensor",
+      "str alpha_grad='three_valued', int channel_dim=1, bool save_codes=False) -> Tensor",
       tags);
   m.def("staircase_codes(Tensor x, Tensor alpha, int bits, *, int channel_dim=1) -> Tensor", tags);
   m.def("ste_names() -> str[]", torchqat::ste_names);
@@ -19,6 +19,8 @@ TORCH_LIBRARY(qat, m) {
       "-> (Tensor quantized, Tensor scale)",
       tags);
   m.def("weight_codes(Tensor weight, Tensor scale, int bits, *, int? channel_dim=None) -> Tensor", tags);
+  m.def("pack_codes(Tensor codes, int bits) -> Tensor", tags);
+  m.def("unpack_codes(Tensor packed, int bits, SymInt[] size) -> Tensor", tags);
   m.def(
       "bcgd_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] latents, Tensor(c!)[] scales, "
       "Tensor(d!)[] momentum_buffers, Tensor(e!)[] steps, *, Tensor lr, int bits, int? channel_dim=None, "
@@ -41,13 +43,31 @@ TORCH_LIBRARY(qat, m) {
       torchqat::recommend_feature_affinity);
 
   m.def(
-      "_staircase_relu_forward(Tensor x, Tensor alpha, int bits, int channel_dim) -> (Tensor y, Tensor "
-      "regions)",
+      "_staircase_relu_forward(Tensor x, Tensor alpha, int bits, int channel_dim, bool codes) "
+      "-> (Tensor y, Tensor kept)",
+      tags);
+  m.def(
+      "_staircase_relu_rebuild(Tensor codes, Tensor alpha, SymInt[] size, SymInt[] stride, ScalarType dtype, "
+      "int bits, int channel_dim, Tensor grad) -> Tensor",
       tags);
   m.def(
       "_staircase_relu_backward(Tensor grad, Tensor saved, Tensor alpha, SymInt[] size, SymInt[] stride, int "
-      "bits, str ste, "
-      "str alpha_grad, int channel_dim) -> (Tensor grad_x, Tensor grad_alpha)",
+      "bits, str ste, str alpha_grad, int channel_dim, bool codes) -> (Tensor grad_x, Tensor grad_alpha)",
+      tags);
+  m.def(
+      "_convolution(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation, SymInt groups, bool recompute) -> Tensor",
+      tags);
+  m.def(
+      "_batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, "
+      "Tensor(b!) running_var, float momentum, float eps) -> Tensor",
+      tags);
+  m.def("_in_backward(Tensor tensor, Tensor grad) -> Tensor", tags);
+  m.def("_with_size(Tensor grad, SymInt[] size) -> Tensor", tags);
+  m.def("_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", tags);
+  m.def(
+      "_max_pool2d(Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+      "bool ceil_mode) -> Tensor",
       tags);
   m.def(
       "_feature_affinity_loss(Tensor student, Tensor teacher, str norm, str reduction, float eps) "

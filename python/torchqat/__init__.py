@@ -9,6 +9,7 @@ _BUILD = _library.load()
 
 from torchqat import _vmap, distill, functional, nn, optim  # noqa: E402, F401  (they need the operators)
 from torchqat.calibrate import calibrate  # noqa: E402
+from torchqat.memory_report import MemoryReport, memory_report  # noqa: E402
 from torchqat.prepare import prepare  # noqa: E402
 
 __version__: str = _BUILD["torchqat"]
@@ -34,12 +35,14 @@ def build_info() -> dict[str, Any]:
 
 
 __all__ = [
+    "MemoryReport",
     "__version__",
     "build_info",
     "calibrate",
     "cmake_prefix_path",
     "distill",
     "functional",
+    "memory_report",
     "nn",
     "optim",
     "prepare",

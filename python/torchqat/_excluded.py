@@ -9,7 +9,11 @@ class Excluded:
     """Whether a module is to be left alone: by its name, by its type, or as a part of one that is."""
 
     def __init__(self, caller: str, exclude: str | type | Iterable[str | type], model: nn.Module):
-        exclude = (exclude,) if isinstance(exclude, (str, type)) else tuple(exclude)
+        if isinstance(exclude, (str, type)):
+            exclude = (exclude,)
+        if isinstance(exclude, nn.Module) or not isinstance(exclude, Iterable):
+            raise TypeError(f"{caller}: exclude takes module names and types, got {type(exclude).__name__}")
+        exclude = tuple(exclude)
         types = tuple(e for e in exclude if isinstance(e, type))
         names = {e for e in exclude if isinstance(e, str)}
         if len(types) + len(names) < len(set(exclude)):

@@ -48,10 +48,19 @@ def check_torch(built: dict[str, Any], torch_version: str, torch_cuda: str | Non
         )
 
 
+def _mark_compile_caches(library: Path) -> None:
+    """torch.compile keeps graphs from process to process, by keys that do not know our operators: a graph
+    made with another build of the library would call operators that have changed. The keys get the time of
+    this build."""
+    config = torch.compiler.config
+    config.cache_key_tag = f"{config.cache_key_tag} torchqat {library.stat().st_mtime_ns}".lstrip()
+
+
 def load() -> dict[str, Any]:
     """Loads the library and returns its build facts."""
     library = _find()
     facts = _facts(library)
     check_torch(facts, torch.__version__, torch.version.cuda)
     torch.ops.load_library(str(library))
+    _mark_compile_caches(library)
     return {**facts, "library": str(library)}

@@ -102,6 +102,17 @@ def split_calls(
     return added
 
 
+def replace_calls(owner: nn.Module, functions: tuple[Callable, ...], by: Callable) -> None:
+    """Has the forward of `owner` call one function in place of others."""
+    graph = own_graph(owner)
+    others = [function for function in functions if function is not by]
+    calls = [node for node in graph.nodes if node.op == "call_function" and node.target in others]
+    for node in calls:
+        node.target = by
+    if calls:
+        _install(owner, graph)
+
+
 def _is_functional_relu(node: fx.Node) -> bool:
     names = METHODS if node.op == "call_method" else FUNCTIONS if node.op == "call_function" else ()
     return node.target in names
@@ -139,7 +150,8 @@ def _install(owner: nn.Module, graph: fx.Graph) -> None:
         owner.graph = graph
         return
     code = graph.python_code("self")
-    owner.__class__ = _class_with_forward(type(owner), code.src, code.globals)
+    base = vars(type(owner)).get("_prepared_from", (type(owner),))[0]  # the class that the user wrote
+    owner.__class__ = _class_with_forward(base, code.src, code.globals)
 
 
 def _class_with_forward(base: type, source: str, names: dict) -> type:

@@ -1,4 +1,4 @@
-"""Rules by which torch.vmap batches the operators."""
+"""Rules by which torch.vmap batches the operators (layers: in C++, as what they call)."""
 
 import torch
 
@@ -86,6 +86,8 @@ def _register_one_by_one(name):
 for _name in (
     "_staircase_relu_forward",
     "_staircase_relu_backward",
+    "pack_codes",
+    "unpack_codes",
     "feature_affinity_loss",
     "fast_feature_affinity_loss",
     "_feature_affinity_loss",
@@ -94,6 +96,16 @@ for _name in (
 ):
     _register_one_by_one(_name)
 del _name
+
+
+@register("qat::_staircase_relu_rebuild")
+def _staircase_relu_rebuild(info, in_dims, codes, alpha, *args):
+    """The gradient, its last argument, is not read: a batch of those alone is one call."""
+    op = torch.ops.qat._staircase_relu_rebuild
+    if in_dims[0] is None and in_dims[1] is None:
+        return op(codes, alpha, *args), None
+    codes, alpha = _front(codes, in_dims[0], info.batch_size), _front(alpha, in_dims[1], info.batch_size)
+    return torch.stack([op(c, a, *args) for c, a in zip(codes, alpha, strict=True)]), 0
 
 
 @register("qat::_bounded_alpha")

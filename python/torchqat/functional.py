@@ -1,5 +1,7 @@
 """The operators as documented functions. Each calls ``torch.ops.qat.<name>`` and adds but defaults."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,11 +11,13 @@ __all__ = [
     "bcgd_step_",
     "fast_feature_affinity_loss",
     "feature_affinity_loss",
+    "pack_codes",
     "quantize_weight",
     "recommend_feature_affinity",
     "staircase_codes",
     "staircase_relu",
     "ste_names",
+    "unpack_codes",
     "weight_codes",
 ]
 
@@ -26,6 +30,7 @@ def staircase_relu(
     ste: str = "clipped_relu",
     alpha_grad: str = "three_valued",
     channel_dim: int = 1,
+    save_codes: bool = False,
 ) -> Tensor:
     r"""Quantizes activations to the :math:`b`-bit staircase ReLU of step size :math:`\alpha`.
 
@@ -54,7 +59,7 @@ def staircase_relu(
     ================ ========= ============================ ========= ==============================
     ``alpha_grad``   x <= 0    0 < x <= q                   x > q     kept for backward
     ================ ========= ============================ ========= ==============================
-    ``exact``        0         the step index, up to 2^b-1  2^b - 1   x itself (1 bit: 2 bits)
+    ``exact``        0         the step index, up to 2^b-1  2^b - 1   the codes, see ``save_codes``
     ``three_valued`` 0         2^(b-1)                      2^b - 1   2 bits per element
     ``min``          0         1                            2^b - 1   2 bits per element
     ``pact``         0         0                            2^b - 1   2 bits per element
@@ -74,6 +79,9 @@ def staircase_relu(
         alpha_grad: ``exact``, ``three_valued``, ``min`` or ``pact``.
         channel_dim: the dimension of ``x`` along which ``alpha`` lies; of no account when ``alpha`` has one
             element.
+        save_codes: keep the step codes for backward in place of the 2 bits: 2 bits an element with 1 bit, 4
+            with 2 and 3, 8 with 4 to 7, 16 with 8. Layers such as :class:`torchqat.nn.QuantConv2d` that read
+            the result then keep these codes, not the result.
 
     Returns:
         Tensor: shape, dtype and memory format of ``x``.
@@ -102,7 +110,14 @@ def staircase_relu(
     clipping activation" (2018).
     """
     return call(
-        torch.ops.qat.staircase_relu, x, alpha, bits, ste=ste, alpha_grad=alpha_grad, channel_dim=channel_dim
+        torch.ops.qat.staircase_relu,
+        x,
+        alpha,
+        bits,
+        ste=ste,
+        alpha_grad=alpha_grad,
+        channel_dim=channel_dim,
+        save_codes=save_codes,
     )
 
 
@@ -226,6 +241,58 @@ def weight_codes(weight: Tensor, scale: Tensor, bits: int, *, channel_dim: int |
     Source: as :func:`quantize_weight`.
     """
     return call(torch.ops.qat.weight_codes, weight, scale, bits, channel_dim=channel_dim)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    r"""Codes of :math:`b` bits in :math:`b` bits each: what :func:`staircase_codes` returns, made small.
+
+    Code :math:`i`, counted in row-major order, is in the bits :math:`i b \bmod 8` and up of the byte
+    :math:`\lfloor i b / 8 \rfloor`; bits of the last byte that no code fills are 0.
+
+    Args:
+        codes: uint8 of any shape and strides, values 0 to ``2**bits - 1``. On a CPU larger ones are an error.
+            Finding them would make the CPU wait for a GPU, so there the low ``bits`` bits of each are taken.
+        bits: width :math:`b`: 1, 2, 4 or 8.
+
+    Returns:
+        Tensor: uint8, contiguous, of shape ``[ceil(codes.numel() * bits / 8)]``. Not differentiable.
+
+    Raises:
+        TypeError: ``codes`` is not uint8, or is not a dense tensor.
+        ValueError: ``bits`` is none of these, or, on a CPU, a code has more bits.
+
+    Example:
+        >>> pack_codes(torch.tensor([1, 2, 3, 0, 2], dtype=torch.uint8), bits=2)
+        tensor([57,  2], dtype=torch.uint8)
+
+    Source: of this library; the bits lie as in ``numpy.packbits(..., bitorder="little")``.
+    """
+    return call(torch.ops.qat.pack_codes, codes, bits)
+
+
+def unpack_codes(packed: Tensor, bits: int, size: Sequence[int]) -> Tensor:
+    r"""The codes that :func:`pack_codes` packed.
+
+    Args:
+        packed: uint8 of shape ``[ceil(prod(size) * bits / 8)]``, any stride.
+        bits: width of the codes: 1, 2, 4 or 8.
+        size: the shape that the codes had.
+
+    Returns:
+        Tensor: uint8, contiguous, of shape ``size``, values 0 to ``2**bits - 1``. Not differentiable.
+
+    Raises:
+        TypeError: ``packed`` is not uint8, or is not a dense tensor.
+        ValueError: ``bits`` is none of these, ``size`` has a negative number, or ``packed`` is of another
+            shape.
+
+    Example:
+        >>> unpack_codes(torch.tensor([57, 2], dtype=torch.uint8), bits=2, size=[5])
+        tensor([1, 2, 3, 0, 2], dtype=torch.uint8)
+
+    Source: as :func:`pack_codes`.
+    """
+    return call(torch.ops.qat.unpack_codes, packed, bits, size)
 
 
 def bcgd_step_(

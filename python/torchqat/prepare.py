@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from torchqat import _rewrite
+from torchqat import _pairing, _rewrite
 from torchqat._bits import check_bits
 from torchqat._excluded import Excluded
 from torchqat.nn.staircase_relu import StaircaseReLU, as_arguments
@@ -29,12 +29,17 @@ class PrepareReport:
         not_replaced: one line for each ReLU that it found and could not replace: where, and why.
         shared: one line for each StaircaseReLU that a forward calls more than once: the calls share a step.
         kept: one line for each StaircaseReLU that was there before, with other settings than are asked for.
+        paired: one line for each layer that keeps the codes of the StaircaseReLUs it reads, and with
+            ``recompute`` for each normalization whose input is computed again.
+        not_paired: one line for each convolution, linear layer and max pooling that keeps its input: why.
     """
 
     replaced: list[str] = field(default_factory=list)
     not_replaced: list[str] = field(default_factory=list)
     shared: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
+    paired: list[str] = field(default_factory=list)
+    not_paired: list[str] = field(default_factory=list)
 
 
 def prepare(
@@ -44,9 +49,12 @@ def prepare(
     exclude: str | type | Iterable[str | type] = (),
     ste: str = "clipped_relu",
     alpha_grad: str = "three_valued",
+    save_codes: bool = True,
+    recompute: bool = False,
     **options,
 ) -> nn.Module:
-    """Replaces every ReLU of a model by a :class:`~torchqat.nn.StaircaseReLU`, in place.
+    """Replaces every ReLU of a model by a :class:`~torchqat.nn.StaircaseReLU`, in place, and has the layers
+    that read them keep codes rather than floats.
 
     ``nn.ReLU`` and ``nn.ReLU6`` modules are replaced wherever they are, also where one object is used in
     several places. A module that calls one ReLU several times, or calls ``F.relu``, ``F.relu6``,
@@ -58,6 +66,15 @@ def prepare(
     sees all: a ReLU that such a forward calls through a function outside its class, or takes from a plain
     Python list, stays as it is and is not told. As always with fx, a rewritten forward has the Python
     values of this moment built in.
+
+    Then the model is followed from module to module: convolutions, linear layers, max pooling and batch
+    normalizations that read the output of a StaircaseReLU, as it is or through views, become
+    :class:`~torchqat.nn.QuantConv2d` and its like, which keep the packed codes for backward where the plain
+    layers keep floats; a forward that calls ``F.max_pool2d`` there is rewritten too. This sets ``save_codes``
+    of the StaircaseReLUs. Results and gradients stay the same bit by bit.
+    ``model.prepare_report.paired`` and ``not_paired`` say which layers, and why not the others;
+    :func:`torchqat.memory_report` says what it saves. Where a forward does not trace, layers are taken to
+    follow one another as they are registered; a wrong guess costs memory, never a wrong result.
 
     Training mode, device and hooks are kept. Step sizes are float32, float64 in a float64 model, and never
     less: convert a model to half precision before preparing it. Weights are not touched: quantize those
@@ -72,9 +89,13 @@ def prepare(
     Args:
         model: any module that is not a ReLU itself. Changed in place.
         act_bits: width of the activations, 1 to 8.
-        exclude: modules to leave alone, with all that is inside them: one name or type, or several.
+        exclude: modules to leave alone, with all that is inside them: one name or type, or several. They stay
+            as they are, and as an earlier call has left them.
         ste: see :func:`torchqat.functional.ste_names`.
         alpha_grad: the rule for the gradient of alpha: ``exact``, ``three_valued``, ``min`` or ``pact``.
+        save_codes: ``False`` leaves all layers but the ReLUs as they are.
+        recompute: convolutions whose results a batch normalization reads are computed again in backward
+            rather than kept: even less memory, for the time of one more pass through them.
         options: further options of :class:`~torchqat.nn.StaircaseReLU`, for every one of them.
 
     Returns:
@@ -87,14 +108,19 @@ def prepare(
         >>> model.prepare_report.replaced
         ['1']
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"prepare: model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, RELUS):
         raise TypeError("prepare: the model is itself a ReLU and cannot be replaced in place")
     check_bits("prepare: act_bits", act_bits)
+    if recompute and not save_codes:
+        raise ValueError("prepare: recompute=True begins with codes: it must not go with save_codes=False")
     left_alone = Excluded("prepare", exclude, model)
     options = {"ste": ste, "alpha_grad": alpha_grad, **options}
     before = {name: m for name, m in model.named_modules() if isinstance(m, StaircaseReLU)}
     report = PrepareReport(kept=_other_settings(before, act_bits, options, left_alone))
-    made = _replace_modules(model, lambda: StaircaseReLU(act_bits, **options), left_alone, report)
+    settings = {**options, "save_codes": False}  # until a layer is found that reads them
+    made = _replace_modules(model, lambda: StaircaseReLU(act_bits, **settings), left_alone, report)
     taken: set[nn.Module] = set()
     scripted = _report_scripted(model, left_alone, report)
     for name, owner in list(model.named_modules()):
@@ -105,13 +131,16 @@ def prepare(
             continue
 
         def new(owner=owner):
-            return _adopt(StaircaseReLU(act_bits, **options), owner, model)
+            return _adopt(StaircaseReLU(act_bits, **settings), owner, model)
 
         try:
             added = _rewrite.split_calls(owner, _rewrite.own_graph(owner), made, taken, new)
             report.replaced += [_join(name, slot) for slot in added]
         except _rewrite.Untraceable as reason:
             _report_untraced(name, owner, made, str(reason), report)
+    _pairing.unpair(model, left_alone)
+    if save_codes:
+        report.paired, report.not_paired = _pairing.pair(model, left_alone, recompute)
     model.prepare_report = report
     _warn("prepare: these ReLUs are not quantized", report.not_replaced)
     _warn("prepare: these StaircaseReLUs have one step for several calls", report.shared)

@@ -10,10 +10,11 @@
 
 #include "torchqat/math/channel_view.h"
 #include "torchqat/math/feature_affinity.h"
-#include "torchqat/math/region_code.h"
+#include "torchqat/math/pack_codes.h"
 #include "torchqat/math/staircase.h"
 #include "torchqat/math/staircase_backward.h"
 #include "torchqat/math/ste.h"
+#include "torchqat/math/step_codes.h"
 #include "torchqat/math/weight_levels.h"
 
 // The formulas of math/ against references that are written from their definitions and share no line with
@@ -88,13 +89,24 @@ Region reference_region(T x, T alpha, int bits) {
   return x > T((std::pow(2, bits) - 1) * alpha) ? Region::above : Region::inside;
 }
 
+// The level, or one of the two states that follow the levels.
+template <typename T>
+bool has_right_state(const Staircase<T>& stair, T x, T level, Region region, int bits) {
+  const int states = 1 << bits;
+  const T expected = region == Region::nan ? T(states + 1) : region == Region::above ? T(states) : level;
+  const auto [low, high] = stair.region_bits_of_state(expected);
+  return identical(stair.state(x), expected) && identical(stair.level_of_state(expected), level) &&
+         low == bits_of(region).low && high == bits_of(region).high;
+}
+
 template <typename T>
 void expect_staircase(T x, T alpha, int bits) {
   const Staircase<T> stair(alpha, bits);
   const T level = reference_level(x, alpha, bits);
   const bool right = identical(stair.level(x), level) && identical(stair(x), reference_value(level, alpha)) &&
                      stair.code(x) == (level > 0 ? static_cast<uint8_t>(level) : 0) &&
-                     stair.region(x) == reference_region(x, alpha, bits);
+                     stair.region(x) == reference_region(x, alpha, bits) &&
+                     has_right_state(stair, x, level, reference_region(x, alpha, bits), bits);
   if (right) return;
   ADD_FAILURE() << "x " << x << ", alpha " << alpha << ", bits " << bits << ": level " << stair.level(x)
                 << " for " << level << ", value " << stair(x) << ", region "
@@ -340,12 +352,51 @@ TEST(Ste, AreFoundByName) {
 // --------------------------------------------------------------------------------------------- memory
 // layouts
 
-TEST(RegionCode, KeepsEightElementsInAWord) {
+template <int bits>
+void expect_groups_of_codes() {
   for (const int64_t n : {0, 1, 7, 8, 9, 16, 17})
-    EXPECT_EQ(region_words(n), std::ceil(static_cast<double>(n) / 8));
-  uint16_t word = 0;
-  for (int i = 0; i < kRegionsPerWord; ++i) word |= region_word(static_cast<Region>(i * 3 % 4), i);
-  for (int i = 0; i < kRegionsPerWord; ++i) EXPECT_EQ(region_at(word, i), static_cast<Region>(i * 3 % 4));
+    EXPECT_EQ(code_bytes(n, bits), bits * std::ceil(static_cast<double>(n) / 8));
+  std::vector<uint8_t> group(bits, 0);
+  const auto code = [](int i) { return static_cast<unsigned>(i * 40503 + 7) % (1u << bits); };
+  for (int i = 0; i < kCodesTogether; ++i) put_code<bits>(group.data(), i, code(i));
+  for (int i = 0; i < kCodesTogether; ++i) EXPECT_EQ(code_at<bits>(group.data(), i), code(i));
+}
+
+TEST(StepCodes, LieInGroupsOfEight) {
+  expect_groups_of_codes<2>();
+  expect_groups_of_codes<4>();
+  expect_groups_of_codes<8>();
+  expect_groups_of_codes<16>();
+}
+
+TEST(StepCodes, HaveRoomForEveryState) {
+  for (int bits = 1; bits <= 8; ++bits) EXPECT_GE(1 << state_bits(bits), (1 << bits) + 2);
+}
+
+// Every bit of a word in turn, and all: moving bits is linear, so that no other word needs a look.
+template <int bits>
+void expect_packed_word() {
+  const auto expect = [](uint64_t codes) {
+    uint64_t packed = 0;
+    uint64_t low = 0;
+    for (int i = 0; i < 8 * bits; ++i) {
+      const uint64_t bit = codes >> (i / bits * 8 + i % bits) & 1;
+      packed |= bit << i;
+      low |= bit << (i / bits * 8 + i % bits);
+    }
+    EXPECT_EQ(pack_word<bits>(codes), packed) << bits << " bits, " << codes;
+    EXPECT_EQ(unpack_word<bits>(static_cast<PackedWord<bits>>(packed)), low) << bits << " bits, " << codes;
+  };
+  for (int i = 0; i < 64; ++i) expect(uint64_t{1} << i);
+  expect(~uint64_t{0});
+  for (const int64_t n : {0, 1, 7, 8, 9, 16, 17}) EXPECT_EQ(packed_bytes(n, bits), (n * bits + 7) / 8);
+}
+
+TEST(PackCodes, MovesEveryBitToItsPlace) {
+  expect_packed_word<1>();
+  expect_packed_word<2>();
+  expect_packed_word<4>();
+  expect_packed_word<8>();
 }
 
 TEST(ChannelView, NumbersTheElementsOfEachChannel) {

@@ -1,5 +1,5 @@
-// The modules of torchqat::nn, as a LibTorch program uses them. Numbers are those of the operators, which the
-// Python tests hold to their oracles.
+// The modules of torchqat::nn, and packed codes, as a LibTorch program uses them. Numbers are those of the
+// operators, which the Python tests hold to their oracles.
 #include <gtest/gtest.h>
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/serialize.h>
@@ -103,6 +103,14 @@ TEST_F(Features, WrongOptionsAndFeaturesAreNamed) {
   EXPECT_EQ(value_error([&] { fast(student.flatten(1), teacher); }),
             "feature_affinity_loss: student must have shape (batch, channels, *spatial), got [2, 210]");
   EXPECT_TRUE(at::equal(fast->generator.get_state(), before));
+}
+
+TEST(Codes, ArePackedAndUnpacked) {
+  const auto codes = at::arange(15).view({3, 5}).to(at::kByte);
+  const auto packed = torchqat::pack_codes(codes, 4);
+  EXPECT_EQ(packed.sizes(), at::IntArrayRef({8}));
+  EXPECT_EQ(packed[7].item<int>(), 14);
+  EXPECT_TRUE(at::equal(torchqat::unpack_codes(packed, 4, {3, 5}), codes));
 }
 
 }  // namespace

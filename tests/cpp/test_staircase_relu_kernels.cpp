@@ -85,15 +85,21 @@ std::vector<T> upstream(int64_t n) {
   return grad;
 }
 
+// What is kept in so many bits for each element: regions (2) or states.
 template <typename T>
-std::vector<uint16_t> region_words(const Shape& shape, const std::vector<T>& x,
-                                   const std::vector<opmath_t<T>>& alpha, int bits) {
-  std::vector<uint16_t> words(math::region_words(shape.n), 0);
-  for (int64_t p = 0; p < shape.n; ++p) {
-    const Staircase<opmath_t<T>> stair(alpha[shape.view.channel_at(p)], bits);
-    words[p / 8] |= math::region_word(stair.region(static_cast<opmath_t<T>>(x[p])), static_cast<int>(p % 8));
-  }
-  return words;
+std::vector<uint8_t> kept_codes(const Shape& shape, const std::vector<T>& x,
+                                const std::vector<opmath_t<T>>& alpha, int bits, int kept_bits) {
+  std::vector<uint8_t> kept(math::code_bytes(shape.n, kept_bits), 0);
+  math::with_code_bits(kept_bits, [&](auto width) {
+    for (int64_t p = 0; p < shape.n; ++p) {
+      const Staircase<opmath_t<T>> stair(alpha[shape.view.channel_at(p)], bits);
+      const auto v = static_cast<opmath_t<T>>(x[p]);
+      const auto code =
+          width == 2 ? static_cast<unsigned>(stair.region(v)) : static_cast<unsigned>(stair.state(v));
+      math::put_code<width>(&kept[p / 8 * width], static_cast<int>(p % 8), code);
+    }
+  });
+  return kept;
 }
 
 template <typename T>
@@ -102,42 +108,63 @@ TYPED_TEST_SUITE(StaircaseReluKernels, StorageTypes);
 
 // ------------------------------------------------------------------------------------------------ forward
 
-// y, codes and regions of one launch of each kind; `blocks` 0 leaves the grid to the launch function.
+// y, step indices, regions, states and y from the states; `blocks` 0 leaves the grid to the launch function.
 template <typename T>
 auto run_forward(const Shape& shape, const std::vector<T>& values, const std::vector<opmath_t<T>>& step,
                  int bits, int64_t shift_x, int64_t shift_y, unsigned blocks = 0) {
   return in_every_world([&] {
-    Buffer<T> x(values, shift_x), y(shape.n, shift_y), y_alone(shape.n, shift_y);
+    Buffer<T> x(values, shift_x), y(shape.n, shift_y), y_alone(shape.n, shift_y), y_again(shape.n, shift_y);
     Buffer<opmath_t<T>> alpha(step);
-    Buffer<uint8_t> codes(shape.n, shift_y);
-    Buffer<uint16_t> regions(math::region_words(shape.n));
+    Buffer<uint8_t> indices(shape.n, shift_y);
+    Buffer<uint8_t> regions(math::code_bytes(shape.n, 2));
+    Buffer<uint8_t> states(math::code_bytes(shape.n, math::state_bits(bits)));
     const StepSizes<opmath_t<T>> steps{alpha.data(), shape.view, bits};
-    const auto start = [&](auto* out, uint16_t* words) {
+    const auto start = [&](auto kept_bits, auto* out, uint8_t* kept) {
       using out_t = std::remove_pointer_t<decltype(out)>;
-      if (blocks == 0) return launch_staircase_relu(x.data(), out, words, steps, shape.n, nullptr);
-      return launch(staircase_relu_kernel<T, opmath_t<T>, out_t>, blocks, nullptr, x.data(), out, words,
-                    steps, shape.n, pack_aligned<kGroup>(x.data(), out));
+      if (blocks == 0) {
+        return launch_staircase_relu<kept_bits>(x.data(), out, kept, steps, shape.n, nullptr);
+      }
+      return launch(staircase_relu_kernel<kept_bits, T, opmath_t<T>, out_t>, blocks, nullptr, x.data(), out,
+                    kept, steps, shape.n, pack_aligned<kGroup>(x.data(), out));
     };
-    expect_success(start(y.data(), regions.data()));
-    expect_success(start(y_alone.data(), nullptr));
-    expect_success(start(codes.data(), nullptr));
+    const std::integral_constant<int, 0> nothing;
+    expect_success(start(std::integral_constant<int, 2>(), y.data(), regions.data()));
+    expect_success(start(nothing, y_alone.data(), nullptr));
+    expect_success(start(nothing, indices.data(), nullptr));
     EXPECT_TRUE(same_bits(y.contents(), y_alone.contents()));
-    return std::tuple(y.contents(), codes.contents(), regions.contents());
+    math::with_code_bits(math::state_bits(bits), [&](auto width) {
+      expect_success(start(width, y_alone.data(), states.data()));
+      if (blocks == 0) {
+        expect_success(
+            launch_staircase_relu_rebuild<width>(states.data(), y_again.data(), steps, shape.n, nullptr));
+      } else {
+        expect_success(launch(staircase_relu_rebuild_kernel<width, T, opmath_t<T>>, blocks, nullptr,
+                              states.data(), y_again.data(), steps, shape.n,
+                              pack_aligned<kGroup>(y_again.data())));
+      }
+    });
+    EXPECT_TRUE(same_bits(y.contents(), y_alone.contents()));
+    return std::tuple(y.contents(), indices.contents(), regions.contents(), states.contents(),
+                      y_again.contents());
   });
 }
 
 template <typename T, typename Result>
 void expect_forward(const Result& result, const Shape& shape, const std::vector<T>& x,
                     const std::vector<opmath_t<T>>& alpha, int bits) {
-  const auto& [y, codes, regions] = result;
+  const auto& [y, indices, regions, states, y_again] = result;
+  const auto same = [](T a, T b) {
+    return same_bits(a, b) || (std::isnan(float(a)) && std::isnan(float(b)));
+  };
   for (int64_t p = 0; p < shape.n; ++p) {
     const Staircase<opmath_t<T>> stair(alpha[shape.view.channel_at(p)], bits);
     const auto v = static_cast<opmath_t<T>>(x[p]);
-    const T expected = static_cast<T>(stair(v));
-    ASSERT_TRUE(same_bits(y[p], expected) || (std::isnan(float(y[p])) && std::isnan(float(expected)))) << p;
-    ASSERT_EQ(codes[p], stair.code(v)) << p;
+    ASSERT_TRUE(same(y[p], static_cast<T>(stair(v)))) << p;
+    ASSERT_TRUE(same(y[p], y_again[p])) << p;
+    ASSERT_EQ(indices[p], stair.code(v)) << p;
   }
-  EXPECT_EQ(regions, region_words(shape, x, alpha, bits)) << "the bits past the last element are 0";
+  EXPECT_EQ(regions, kept_codes(shape, x, alpha, bits, 2)) << "the bits past the last element are 0";
+  EXPECT_EQ(states, kept_codes(shape, x, alpha, bits, math::state_bits(bits)));
 }
 
 TYPED_TEST(StaircaseReluKernels, ForwardOfEveryShape) {
@@ -213,23 +240,23 @@ std::vector<double> reference_grad_alpha(const Shape& shape, const std::vector<T
   return sums;
 }
 
-// Launches with what `make_kept` makes of device copies of x and its regions, and compares.
+// Launches with what `make_kept` makes of device copies of x and its codes of `kept_bits`, and compares.
 template <typename Ste, typename T, typename MakeKept>
-void expect_backward(const Shape& shape, const AlphaSlope& rule, int bits, int64_t shift,
+void expect_backward(const Shape& shape, const AlphaSlope& rule, int bits, int kept_bits, int64_t shift,
                      MakeKept make_kept) {
   using op_t = opmath_t<T>;
   const auto values = activations<T>(shape, bits);
   const auto step = step_sizes<T>(shape.view.channels);
   const auto grads = upstream<T>(shape.n);
-  const auto words = region_words(shape, values, step, bits);
+  const auto kept = kept_codes(shape, values, step, bits, kept_bits);
   const auto [grad_x, grad_alpha] = in_every_world([&] {
     Buffer<T> x(values, shift), grad(grads, shift), grad_x(shape.n, shift);
-    Buffer<uint16_t> regions(words);
+    Buffer<uint8_t> codes(kept);
     Buffer<op_t> alpha(step);
     Buffer<double> partial(shape.view.channels * alpha_slices(shape.view, shape.n)),
         sums(shape.view.channels);
     const StepSizes<op_t> steps{alpha.data(), shape.view, bits};
-    expect_success(launch_staircase_relu_backward(grad.data(), make_kept(x.data(), regions.data()),
+    expect_success(launch_staircase_relu_backward(grad.data(), make_kept(x.data(), codes.data()),
                                                   grad_x.data(), sums.data(), partial.data(), steps, shape.n,
                                                   nullptr));
     return std::tuple(grad_x.contents(), sums.contents());
@@ -247,25 +274,38 @@ void expect_backward(const Shape& shape, const AlphaSlope& rule, int bits, int64
 template <typename Ste, typename T>
 void expect_backward_from_x(const Shape& shape, const AlphaSlope& rule, int bits, int64_t shift = 0) {
   SCOPED_TRACE(std::string(Ste::name) + " from x, " + shape.name());
-  expect_backward<Ste, T>(shape, rule, bits, shift, [&](const T* x, const uint16_t*) {
+  expect_backward<Ste, T>(shape, rule, bits, 2, shift, [&](const T* x, const uint8_t*) {
     return FromX<Ste, T, opmath_t<T>>{x, {rule}};
   });
 }
 
 template <typename Ste, typename T>
-void expect_backward_from_regions(const Shape& shape, const AlphaSlope& rule, int bits, int64_t shift = 0) {
-  SCOPED_TRACE(std::string(Ste::name) + " from regions, " + shape.name());
-  expect_backward<Ste, T>(shape, rule, bits, shift, [&](const T*, const uint16_t* words) {
-    return FromRegions<opmath_t<T>>{words, math::region_backward<opmath_t<T>, Ste>(rule)};
+void expect_backward_from_codes(const Shape& shape, const AlphaSlope& rule, int bits, int kept_bits,
+                                int64_t shift = 0) {
+  SCOPED_TRACE(std::string(Ste::name) + " from " + std::to_string(kept_bits) + " bits, " + shape.name());
+  math::with_code_bits(kept_bits, [&](auto width) {
+    expect_backward<Ste, T>(shape, rule, bits, kept_bits, shift, [&](const T*, const uint8_t* codes) {
+      const auto slopes = math::region_backward<opmath_t<T>, Ste>(rule);
+      return FromCodes<width, opmath_t<T>>{codes, slopes, rule.exact};
+    });
   });
 }
 
 TYPED_TEST(StaircaseReluKernels, BackwardFromRegionsOfEveryShape) {
   int bits = 1;
   for (const Shape& shape : shapes()) {
-    expect_backward_from_regions<math::ClippedRelu, TypeParam>(shape, alpha_slope<math::ThreeValued>(bits),
-                                                               bits);
+    expect_backward_from_codes<math::ClippedRelu, TypeParam>(shape, alpha_slope<math::ThreeValued>(bits),
+                                                             bits, 2);
     bits = bits % 4 + 1;
+  }
+}
+
+TYPED_TEST(StaircaseReluKernels, BackwardFromStatesOfEveryShape) {
+  int bits = 1;
+  for (const Shape& shape : shapes()) {
+    expect_backward_from_codes<math::ClippedRelu, TypeParam>(shape, alpha_slope<math::Exact>(bits), bits,
+                                                             math::state_bits(bits));
+    bits = bits % 8 + 1;
   }
 }
 
@@ -281,7 +321,8 @@ TYPED_TEST(StaircaseReluKernels, BackwardOfUnalignedPointers) {
   for (const Shape& shape : {per_tensor(5003), channels_first(3, 5, 8), channels_first(3, 5, 49)}) {
     for (const int64_t shift : {1, 3}) {
       const auto rule = alpha_slope<math::ThreeValued>(2);
-      expect_backward_from_regions<math::Relu, TypeParam>(shape, rule, 2, shift);
+      expect_backward_from_codes<math::Relu, TypeParam>(shape, rule, 2, 2, shift);
+      expect_backward_from_codes<math::Relu, TypeParam>(shape, rule, 2, 4, shift);
       expect_backward_from_x<math::ClippedRelu, TypeParam>(shape, rule, 2, shift);
     }
   }
@@ -300,7 +341,8 @@ void expect_backward_of_every_rule() {
     for (const int bits : {1, 2, 4}) {
       for (const AlphaSlope& rule : alpha_slopes(bits)) {
         if constexpr (math::RegionSte<Ste>) {
-          if (!rule.exact || bits == 1) expect_backward_from_regions<Ste, float>(shape, rule, bits);
+          if (!rule.exact || bits == 1) expect_backward_from_codes<Ste, float>(shape, rule, bits, 2);
+          expect_backward_from_codes<Ste, float>(shape, rule, bits, math::state_bits(bits));
         }
         expect_backward_from_x<Ste, float>(shape, rule, bits);
       }
@@ -314,22 +356,22 @@ TEST(StaircaseReluBackward, OfEverySteAndRule) {
 }
 
 // A NaN stays in its own channel's sum and its own element of grad_x.
-TYPED_TEST(StaircaseReluKernels, BackwardKeepsNanToItsChannel) {
-  using T = TypeParam;
+template <typename T, int kept_bits>
+void expect_nan_kept_to_its_channel() {
   using op_t = opmath_t<T>;
   for (const Shape& shape : {channels_first(2, 3, 8), channels_first(2, 3, 5), channels_last(16, 3)}) {
     const auto step = step_sizes<T>(3);
     std::vector<T> values(shape.n, static_cast<T>(0.05F));
     const int64_t at = shape.view.position(1, 3);
     values[at] = static_cast<T>(std::numeric_limits<float>::quiet_NaN());
-    const auto words = region_words(shape, values, step, 2);
+    const auto packed = kept_codes(shape, values, step, 2, kept_bits);
     const auto [grad_x, grad_alpha] = in_every_world([&] {
       Buffer<T> grad(std::vector<T>(shape.n, static_cast<T>(1.0F))), grad_x(shape.n);
-      Buffer<uint16_t> regions(words);
+      Buffer<uint8_t> codes(packed);
       Buffer<op_t> alpha(step);
       Buffer<double> partial(3 * alpha_slices(shape.view, shape.n)), sums(3);
-      const FromRegions<op_t> kept{regions.data(),
-                                   math::region_backward<op_t, math::ClippedRelu>(alpha_slope<math::Min>(2))};
+      const auto slopes = math::region_backward<op_t, math::ClippedRelu>(alpha_slope<math::Min>(2));
+      const FromCodes<kept_bits, op_t> kept{codes.data(), slopes, false};
       const StepSizes<op_t> steps{alpha.data(), shape.view, 2};
       expect_success(launch_staircase_relu_backward(grad.data(), kept, grad_x.data(), sums.data(),
                                                     partial.data(), steps, shape.n, nullptr));
@@ -339,6 +381,11 @@ TYPED_TEST(StaircaseReluKernels, BackwardKeepsNanToItsChannel) {
     for (int c = 0; c < 3; ++c) EXPECT_EQ(std::isnan(grad_alpha[c]), c == 1);
     EXPECT_EQ(grad_alpha[0], static_cast<double>(shape.n) / 3);
   }
+}
+
+TYPED_TEST(StaircaseReluKernels, BackwardKeepsNanToItsChannel) {
+  expect_nan_kept_to_its_channel<TypeParam, 2>();
+  expect_nan_kept_to_its_channel<TypeParam, 4>();
 }
 
 TEST(StaircaseReluBackward, AddsMoreSlicesThanABlockHasThreads) {

@@ -154,4 +154,33 @@ inline void store(uint8_t* to, Vec<double> v) {
   for (int i = 0; i < Vec<double>::size; ++i) to[i] = static_cast<uint8_t>(v.raw[i]);
 }
 
+// Whole numbers of one or two bytes from and to vectors.
+inline void store(uint16_t* to, Vec<float> v) {
+  const auto halves = narrowed(__builtin_convertvector(v.raw, WordRaw));
+  std::memcpy(to, &halves, sizeof(halves));
+}
+inline void store(uint16_t* to, Vec<double> v) {
+  for (int i = 0; i < Vec<double>::size; ++i) to[i] = static_cast<uint16_t>(v.raw[i]);
+}
+template <typename T, typename Code>
+Vec<T> load_codes(const Code* from) {
+  Vec<T> v;
+  for (int i = 0; i < Vec<T>::size; ++i) v.raw[i] = static_cast<T>(from[i]);
+  return v;
+}
+template <>
+inline Vec<float> load_codes(const uint16_t* from) {
+  return Vec<float>(__builtin_convertvector(widened(read<HalfRaw>(from)), Raw<float>));
+}
+#if defined(__AVX512F__)
+template <>
+inline Vec<float> load_codes(const uint8_t* from) {
+  return Vec<float>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(read<__m128i>(from))));
+}
+#elif defined(__AVX2__)
+template <>
+inline Vec<float> load_codes(const uint8_t* from) {
+  return Vec<float>(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(read<int64_t>(from)))));
+}
+#endif
 }  // namespace torchqat::TORCHQAT_ISA

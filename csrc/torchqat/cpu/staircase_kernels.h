@@ -21,14 +21,20 @@ struct StepSizes {
 
 template <typename S, typename T>
 struct StaircaseKernels {
-  // y = the staircase of x, and the packed regions where `words` is not null.
-  void (*forward)(const S* x, S* y, uint16_t* words, const StepSizes<T>& steps, int64_t begin, int64_t end);
+  // y = the staircase of x; in `kept`, with kept_bits of 2 the packed regions, with 4, 8 or 16 the states
+  // (math/step_codes.h), with 0 nothing.
+  void (*forward)(const S* x, S* y, uint8_t* kept, int kept_bits, const StepSizes<T>& steps, int64_t begin,
+                  int64_t end);
   // The step indices.
   void (*codes)(const S* x, uint8_t* codes, const StepSizes<T>& steps, int64_t begin, int64_t end);
-  // The gradient in x, and that in each channel's alpha added to alpha_sums; from the packed regions ...
-  void (*backward_from_regions)(const S* grad, const uint16_t* words, S* grad_x, double* alpha_sums,
-                                const math::RegionBackward<T>& slopes, const StepSizes<T>& steps,
-                                int64_t begin, int64_t end);
+  // y once more, from its packed states.
+  void (*rebuild)(const uint8_t* kept, int kept_bits, S* y, const StepSizes<T>& steps, int64_t begin,
+                  int64_t end);
+  // The gradient in x, and that in each channel's alpha added to alpha_sums; from what forward left in
+  // `kept` ...
+  void (*backward)(const S* grad, const uint8_t* kept, int kept_bits, S* grad_x, double* alpha_sums,
+                   const math::RegionBackward<T>& slopes, bool exact, const StepSizes<T>& steps,
+                   int64_t begin, int64_t end);
   // ... and from x, for each of math::SteCatalogue.
   using BackwardFromX = void (*)(const S* grad, const S* x, S* grad_x, double* alpha_sums,
                                  const math::AlphaSlope& slope, const StepSizes<T>& steps, int64_t begin,

@@ -6,13 +6,13 @@
 #include "torchqat/cpu/simd_memory.h"
 #include "torchqat/cpu/simd_sums.h"
 #include "torchqat/cpu/staircase_kernels.h"
-#include "torchqat/math/region_code.h"
 #include "torchqat/math/staircase.h"
+#include "torchqat/math/step_codes.h"
 
 // How the loops of staircase_relu cut memory where the step size changes.
 namespace torchqat::TORCHQAT_ISA {
 
-static_assert(kGroup % math::kRegionsPerWord == 0);
+static_assert(kGroup % math::kCodesTogether == 0);
 
 // The staircases of a piece of memory, by the place in it, and what the piece adds to the sums of channels.
 // A piece that lies in one channel, ...

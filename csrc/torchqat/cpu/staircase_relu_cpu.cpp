@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "torchqat/cpu/staircase_kernels.h"
-#include "torchqat/math/region_code.h"
+#include "torchqat/math/step_codes.h"
 #include "torchqat/ops/layout.h"
 #include "torchqat/ops/staircase_relu.h"
 #include "torchqat/ops/ste.h"
@@ -20,9 +20,9 @@ const auto& kernels() {
   return TORCHQAT_BEST_ISA(staircase_kernels<S, at::opmath_type<S>>());
 }
 
-// Elements that one thread takes at a time, a multiple of the eight that share a word of regions.
+// Elements that one thread takes at a time, a multiple of the eight that share bytes of what is kept.
 constexpr int64_t kGrain = at::internal::GRAIN_SIZE;
-static_assert(kGrain % math::kRegionsPerWord == 0);
+static_assert(kGrain % math::kCodesTogether == 0);
 
 // Calls f(begin, end) for parts of [0, n), in parallel. They begin at multiples of kGrain.
 template <typename F>
@@ -46,33 +46,47 @@ class AlphaOf {
   StepSizes<T> steps_;
 };
 
-// The staircase of x into y, and the regions into `words` where there are any.
+// The staircase of x into y, and `kept_bits` for each element into `kept`.
 void run_forward(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, int64_t channel_dim,
-                 const at::Tensor& y, uint16_t* words) {
+                 const at::Tensor& y, uint8_t* kept, int kept_bits) {
   const auto in = laid_out_as(x, y);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "staircase_relu_cpu", [&] {
     const AlphaOf<at::opmath_type<scalar_t>> steps(alpha, y, alpha_channel_dim(x, alpha, channel_dim), bits);
     const auto* from = in.const_data_ptr<scalar_t>();
     auto* to = y.mutable_data_ptr<scalar_t>();
     for_each_part(y.numel(), [&](int64_t begin, int64_t end) {
-      kernels<scalar_t>().forward(from, to, words, steps, begin, end);
+      kernels<scalar_t>().forward(from, to, kept, kept_bits, steps, begin, end);
     });
   });
 }
 
 at::Tensor forward(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, std::string_view ste,
-                   std::string_view alpha_grad, int64_t channel_dim) {
-  auto y = staircase_relu_meta(x, alpha, bits, ste, alpha_grad, channel_dim);
-  run_forward(x, alpha, bits, channel_dim, y, nullptr);
+                   std::string_view alpha_grad, int64_t channel_dim, bool save_codes) {
+  auto y = staircase_relu_meta(x, alpha, bits, ste, alpha_grad, channel_dim, save_codes);
+  run_forward(x, alpha, bits, channel_dim, y, nullptr, 0);
   return y;
 }
 
-std::tuple<at::Tensor, at::Tensor> forward_with_regions(const at::Tensor& x, const at::Tensor& alpha,
-                                                        int64_t bits, int64_t channel_dim) {
-  auto [y, regions] = staircase_relu_forward_meta(x, alpha, bits, channel_dim);
-  run_forward(x, alpha, bits, channel_dim, y,
-              reinterpret_cast<uint16_t*>(regions.mutable_data_ptr<uint8_t>()));
-  return {y, regions};
+std::tuple<at::Tensor, at::Tensor> forward_keeping(const at::Tensor& x, const at::Tensor& alpha, int64_t bits,
+                                                   int64_t channel_dim, bool codes) {
+  auto [y, kept] = staircase_relu_forward_meta(x, alpha, bits, channel_dim, codes);
+  run_forward(x, alpha, bits, channel_dim, y, kept.mutable_data_ptr<uint8_t>(), kept_bits(bits, codes));
+  return {y, kept};
+}
+
+at::Tensor rebuild(const at::Tensor& codes, const at::Tensor& alpha, c10::SymIntArrayRef size,
+                   c10::SymIntArrayRef stride, at::ScalarType dtype, int64_t bits, int64_t channel_dim,
+                   const at::Tensor& grad) {
+  auto y = staircase_relu_rebuild_meta(codes, alpha, size, stride, dtype, bits, channel_dim, grad);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "staircase_relu_cpu", [&] {
+    const AlphaOf<at::opmath_type<scalar_t>> steps(alpha, y, alpha_channel_dim(y, alpha, channel_dim), bits);
+    const auto* from = codes.const_data_ptr<uint8_t>();
+    auto* to = y.mutable_data_ptr<scalar_t>();
+    for_each_part(y.numel(), [&](int64_t begin, int64_t end) {
+      kernels<scalar_t>().rebuild(from, math::state_bits(bits), to, steps, begin, end);
+    });
+  });
+  return y;
 }
 
 at::Tensor codes(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, int64_t channel_dim) {
@@ -109,26 +123,28 @@ void sum_parts(int64_t n, int64_t channels, const at::Tensor& grad_alpha, F&& f)
 std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& saved,
                                             const at::Tensor& alpha, c10::SymIntArrayRef size,
                                             c10::SymIntArrayRef stride, int64_t bits, std::string_view ste,
-                                            std::string_view alpha_grad, int64_t channel_dim) {
-  auto [grad_x, grad_alpha] =
-      staircase_relu_backward_meta(grad, saved, alpha, size, stride, bits, ste, alpha_grad, channel_dim);
+                                            std::string_view alpha_grad, int64_t channel_dim, bool codes) {
+  auto [grad_x, grad_alpha] = staircase_relu_backward_meta(grad, saved, alpha, size, stride, bits, ste,
+                                                           alpha_grad, channel_dim, codes);
   const auto upstream = laid_out_as(grad, grad_x);
-  const bool from_regions = saved.scalar_type() == at::kByte;
-  const auto kept = from_regions ? saved : laid_out_as(saved, grad_x);
+  const bool from_x = saved.scalar_type() != at::kByte;
+  const auto kept = from_x ? laid_out_as(saved, grad_x) : saved;
   const auto slope = alpha_slope(alpha_grad, bits);
   const auto run = [&, grad_x = grad_x, grad_alpha = grad_alpha]<typename scalar_t>(scalar_t) {
     using T = at::opmath_type<scalar_t>;
     const auto* g = upstream.const_data_ptr<scalar_t>();
     auto* out = grad_x.mutable_data_ptr<scalar_t>();
-    const AlphaOf<T> steps_of(alpha, grad_x, alpha_channel_dim(grad, alpha, channel_dim), bits);
+    const AlphaOf<T> steps_of(alpha, grad_x, alpha_channel_dim(grad_x, alpha, channel_dim), bits);
     const StepSizes<T>& steps = steps_of;
-    const auto sum = [&](auto&& f) { sum_parts(grad.numel(), steps.view.channels, grad_alpha, f); };
-    if (from_regions) {
-      const auto* words = reinterpret_cast<const uint16_t*>(kept.const_data_ptr<uint8_t>());
+    const auto sum = [&](auto&& f) { sum_parts(grad_x.numel(), steps.view.channels, grad_alpha, f); };
+    if (!from_x) {
+      const auto* from = kept.const_data_ptr<uint8_t>();
       math::RegionBackward<T> slopes;
       with_ste(ste, [&]<typename Ste>(Ste) { slopes = math::region_backward<T, Ste>(slope); });
+      const bool exact = slope.exact && codes;
       sum([&](int64_t begin, int64_t end, double* sums) {
-        kernels<scalar_t>().backward_from_regions(g, words, out, sums, slopes, steps, begin, end);
+        kernels<scalar_t>().backward(g, from, kept_bits(bits, codes), out, sums, slopes, exact, steps, begin,
+                                     end);
       });
     } else {
       const auto* x = kept.const_data_ptr<scalar_t>();
@@ -148,7 +164,8 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
 TORCH_LIBRARY_IMPL(qat, CPU, m) {
   m.impl("staircase_relu", forward);
   m.impl("staircase_codes", codes);
-  m.impl("_staircase_relu_forward", forward_with_regions);
+  m.impl("_staircase_relu_forward", forward_keeping);
+  m.impl("_staircase_relu_rebuild", rebuild);
   m.impl("_staircase_relu_backward", backward);
 }
 

@@ -55,10 +55,9 @@ struct Staircase {
     return where(k > T(0), k, T(0));
   }
 
-  TORCHQAT_HD T operator()(T x) const {
-    const T k = level(x);
-    return where(x > T(0), alpha * k, k);  // 0 rather than 0 * inf
-  }
+  TORCHQAT_HD T operator()(T x) const { return value(level(x)); }
+  // What the staircase gives at step index k: 0 rather than 0 * inf.
+  TORCHQAT_HD T value(T k) const { return where(k > T(0), alpha * k, k); }
 
   // NaN, in x or by alpha, fails all comparisons and sets both bits.
   TORCHQAT_HD auto region_bits(T x) const {
@@ -66,6 +65,21 @@ struct Staircase {
     const M above_or_nan = !(x <= bound);
     const M inside_or_nan = (!(x <= zero)) & (!(x > bound));
     return RegionBits<M>{inside_or_nan, above_or_nan};
+  }
+  // The step index and the region in one number: the index, top + 1 above the bound, top + 2 for NaN. With
+  // one bit it is the region.
+  TORCHQAT_HD T state(T x) const {
+    const T k = level(x) + where(x > bound, T(1), T(0));
+    return where(k >= T(0), k, top + T(2));
+  }
+  TORCHQAT_HD T level_of_state(T state) const {
+    return where(state > top + T(1), T(std::numeric_limits<float>::quiet_NaN()), at_most(state, top));
+  }
+  TORCHQAT_HD auto region_bits_of_state(T state) const {
+    using M = decltype(state > state);
+    const M above_or_nan = state > top;
+    const M below_or_above = !((state > T(0)) & !(state == top + T(1)));
+    return RegionBits<M>{!below_or_above, above_or_nan};
   }
   TORCHQAT_HD Region region(T x) const {
     const auto bits = region_bits(x);

@@ -9,9 +9,10 @@
 
 namespace torchqat {
 
-// True when both place their elements in memory in the same order. Strides of dimensions of size 1 say
-// nothing.
+// True when both place the same number of elements in memory in the same order. Strides of dimensions of size
+// 1 say nothing.
 inline bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  if (a.sizes() != b.sizes()) return false;
   for (int64_t d = 0; d < a.dim(); ++d) {
     if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
   }

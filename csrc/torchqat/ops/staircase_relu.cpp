@@ -3,9 +3,9 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
-#include "torchqat/math/region_code.h"
-#include "torchqat/ops/autograd_node.h"
+#include "torchqat/math/step_codes.h"
 #include "torchqat/ops/dtypes.h"
+#include "torchqat/ops/layer_node.h"
 #include "torchqat/ops/not_differentiable.h"
 #include "torchqat/ops/ste.h"
 
@@ -38,11 +38,33 @@ void check(std::string_view op, const at::Tensor& x, const at::Tensor& alpha, in
   check_alpha(op, x, alpha, channel_dim);
 }
 
+void check_kept(std::string_view op, const at::Tensor& kept, c10::SymIntArrayRef size, int code_bits) {
+  const auto bytes = math::code_bytes(c10::multiply_integers(size), code_bits);
+  TORCH_CHECK_VALUE(kept.scalar_type() == at::kByte && kept.is_contiguous() && kept.sym_numel() == bytes, op,
+                    ": what is kept must be ", bytes, " contiguous bytes for size ", size, ", got ",
+                    kept.sym_numel(), " of ", kept.scalar_type());
+}
+
+at::Tensor dense_tensor(std::string_view op, c10::SymIntArrayRef size, c10::SymIntArrayRef stride,
+                        const at::TensorOptions& options) {
+  auto tensor = at::empty_strided_symint(size, stride, options);
+  TORCH_CHECK_VALUE(tensor.is_non_overlapping_and_dense(), op, ": stride ", stride,
+                    " must be that of a dense tensor of size ", size);
+  return tensor;
+}
+
 // Typed handles into the dispatcher.
 auto forward_op() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("qat::_staircase_relu_forward", "")
                              .typed<decltype(staircase_relu_forward_meta)>();
+  return op;
+}
+
+auto rebuild_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("qat::_staircase_relu_rebuild", "")
+                             .typed<decltype(staircase_relu_rebuild_meta)>();
   return op;
 }
 
@@ -60,96 +82,92 @@ auto public_op() {
   return op;
 }
 
-struct StaircaseReluBackward : torch::autograd::Node {
-  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
-    torch::autograd::variable_list result(2);
-    if (!grads[0].defined()) return result;
-    auto [grad_x, grad_alpha] = derivatives(grads[0]);
-    if (task_should_compute_output(0)) result[0] = std::move(grad_x);
-    if (task_should_compute_output(1)) result[1] = std::move(grad_alpha);
-    if (at::GradMode::is_enabled()) {
-      auto inputs = next_edges();
-      inputs.push_back(torch::autograd::impl::gradient_edge(grads[0]));
-      refuse_second_derivative("staircase_relu", result, std::move(inputs));
-    }
-    return result;
-  }
-  std::tuple<at::Tensor, at::Tensor> derivatives(const at::Tensor& grad) {
-    const auto saved_now = saved.unpack();  // with autograd on: checkpointing computes it again here
-    const auto alpha_now = alpha.unpack();
+// y, from its codes.
+struct Steps : RecipeOf<Steps> {
+  at::Tensor make(const at::Tensor& grad) const override {
+    const auto codes_now = codes.get();  // with autograd on: checkpointing computes it again here
+    const auto alpha_now = alpha.get();
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return backward_op().call(grad, saved_now, alpha_now, size, stride, bits, ste, alpha_grad, channel_dim);
+    return rebuild_op().call(codes_now, alpha_now, size, stride, dtype, bits, channel_dim, grad);
   }
-  void release_variables() override {
-    saved.reset_data();
-    alpha.reset_data();
-  }
-  std::string name() const override { return "StaircaseReluBackward"; }
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(saved, /*is_output=*/false);
-    args.collect(alpha, /*is_output=*/false);
-    args.collect(size);
-    args.collect(stride);
-    args.collect(bits);
-    args.collect(ste);
-    args.collect(alpha_grad);
-    args.collect(channel_dim);
-  }
-  torch::autograd::variable_list apply_with_saved(
-      const torch::autograd::variable_list& grads,
-      torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    swap.before(saved);
-    swap.before(alpha);
-    swap.before(size);
-    swap.before(stride);
-    auto result = apply(torch::autograd::variable_list(grads));
-    swap.after(saved);
-    swap.after(alpha);
-    swap.after(size);
-    swap.after(stride);
-    return result;
-  }
+  void each_field(auto&& f) { each(f, codes, alpha, size, stride, dtype, bits, channel_dim); }
 
-  torch::autograd::SavedVariable saved;  // the packed regions, or x
-  torch::autograd::SavedVariable alpha;
-  std::vector<c10::SymInt> size;  // of y, and its strides: how the regions are ordered
-  std::vector<c10::SymInt> stride;
+  Ingredient codes, alpha;
+  std::vector<c10::SymInt> size, stride;
+  at::ScalarType dtype = at::kFloat;
   int64_t bits = 0;
-  std::string ste;
-  std::string alpha_grad;
   int64_t channel_dim = 0;
 };
 
+// What the staircase itself keeps.
+struct StaircaseRelu {
+  static constexpr std::string_view op = "staircase_relu";
+
+  torch::autograd::variable_list derivatives(const at::Tensor& grad, const IsNeeded& is_needed) const {
+    const auto saved_now = saved.get();
+    const auto alpha_now = alpha.get();
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [grad_x, grad_alpha] = backward_op().call(grad, saved_now, alpha_now, size, stride, bits, ste,
+                                                   alpha_grad, channel_dim, codes);
+    return {is_needed(0) ? grad_x : at::Tensor(), is_needed(1) ? grad_alpha : at::Tensor()};
+  }
+  void each_field(auto&& f) {
+    each(f, saved, alpha, size, stride, bits, ste, alpha_grad, channel_dim, codes);
+  }
+
+  Ingredient saved;  // packed regions or codes, or x
+  Ingredient alpha;
+  std::vector<c10::SymInt> size, stride;  // of y: how what is packed is ordered
+  int64_t bits = 0;
+  std::string ste, alpha_grad;
+  int64_t channel_dim = 0;
+  bool codes = false;
+};
+
 at::Tensor staircase_relu_autograd(const at::Tensor& x, const at::Tensor& alpha, int64_t bits,
-                                   std::string_view ste, std::string_view alpha_grad, int64_t channel_dim) {
+                                   std::string_view ste, std::string_view alpha_grad, int64_t channel_dim,
+                                   bool save_codes) {
   check("staircase_relu", x, alpha, bits, channel_dim);
-  const bool from_x = backward_needs_x(ste, alpha_grad, alpha.requires_grad() ? bits : 1);
+  const Needs needs = backward_needs(ste, alpha_grad, alpha.requires_grad() ? bits : 1);
   TORCH_CHECK_NOT_IMPLEMENTED(
       !has_tangent(x) && !has_tangent(alpha),
       "staircase_relu: forward-mode derivatives (jvp) are not implemented; use reverse mode");
   const bool differentiate = at::GradMode::is_enabled() && (x.requires_grad() || alpha.requires_grad());
+  const bool codes = save_codes || needs == Needs::level || (bits == 1 && needs == Needs::region);
+  const bool from_x = needs == Needs::x;
   at::Tensor y;
-  at::Tensor regions;
+  at::Tensor kept;
   {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    if (!differentiate || from_x) {
-      y = public_op().call(x, alpha, bits, ste, alpha_grad, channel_dim);
+    if (!differentiate || (from_x && !codes)) {
+      y = public_op().call(x, alpha, bits, ste, alpha_grad, channel_dim, save_codes);
     } else {
-      std::tie(y, regions) = forward_op().call(x, alpha, bits, channel_dim);
+      std::tie(y, kept) = forward_op().call(x, alpha, bits, channel_dim, codes);
     }
   }
   if (!differentiate) return y;
-  auto node = make_node<StaircaseReluBackward>();
-  node->set_next_edges(torch::autograd::collect_next_edges(x, alpha));
-  node->saved = torch::autograd::SavedVariable(from_x ? x : regions, /*is_output=*/false);
-  node->alpha = torch::autograd::SavedVariable(alpha, /*is_output=*/false);
-  node->size = y.sym_sizes().vec();
-  node->stride = y.sym_strides().vec();
-  node->bits = bits;
-  node->ste = ste;
-  node->alpha_grad = alpha_grad;
-  node->channel_dim = channel_dim;
-  torch::autograd::set_history(y, node);
+  StaircaseRelu backward;
+  backward.saved = from_x ? x : kept;
+  backward.alpha = alpha;
+  backward.size = y.sym_sizes().vec();
+  backward.stride = y.sym_strides().vec();
+  backward.bits = bits;
+  backward.ste = ste;
+  backward.alpha_grad = alpha_grad;
+  backward.channel_dim = channel_dim;
+  backward.codes = codes;
+  set_layer_history(y, saved_copy(backward), torch::autograd::collect_next_edges(x, alpha));
+  if (codes) {
+    auto steps = std::make_shared<Steps>();
+    steps->codes = kept;
+    steps->alpha = alpha;
+    steps->size = backward.size;
+    steps->stride = backward.stride;
+    steps->dtype = y.scalar_type();
+    steps->bits = bits;
+    steps->channel_dim = channel_dim;
+    attach_recipe(y, std::move(steps));
+  }
   return y;
 }
 
@@ -164,15 +182,17 @@ at::Tensor staircase_codes_autograd(const at::Tensor& x, const at::Tensor& alpha
 
 }  // namespace
 
+int kept_bits(int64_t bits, bool codes) { return codes ? math::state_bits(bits) : math::kRegionBits; }
+
 std::optional<int64_t> alpha_channel_dim(const at::Tensor& x, const at::Tensor& alpha, int64_t channel_dim) {
   if (alpha.numel() == 1 || alpha.dim() == 0) return std::nullopt;
   return at::maybe_wrap_dim(channel_dim, x.dim());
 }
 
 at::Tensor staircase_relu_meta(const at::Tensor& x, const at::Tensor& alpha, int64_t bits,
-                               std::string_view ste, std::string_view alpha_grad, int64_t channel_dim) {
+                               std::string_view ste, std::string_view alpha_grad, int64_t channel_dim, bool) {
   check("staircase_relu", x, alpha, bits, channel_dim);
-  backward_needs_x(ste, alpha_grad, bits);  // raises for unknown names
+  backward_needs(ste, alpha_grad, bits);  // raises for unknown names
   return at::empty_like(x);
 }
 
@@ -183,26 +203,41 @@ at::Tensor staircase_codes_meta(const at::Tensor& x, const at::Tensor& alpha, in
 }
 
 std::tuple<at::Tensor, at::Tensor> staircase_relu_forward_meta(const at::Tensor& x, const at::Tensor& alpha,
-                                                               int64_t bits, int64_t channel_dim) {
+                                                               int64_t bits, int64_t channel_dim,
+                                                               bool codes) {
   check("staircase_relu", x, alpha, bits, channel_dim);
-  const auto bytes = (x.sym_numel() + (math::kRegionsPerWord - 1)) / math::kRegionsPerWord * sizeof(uint16_t);
+  const auto bytes = math::code_bytes(x.sym_numel(), kept_bits(bits, codes));
   return {at::empty_like(x), at::empty_symint({bytes}, x.options().dtype(at::kByte))};
+}
+
+at::Tensor staircase_relu_rebuild_meta(const at::Tensor& codes, const at::Tensor& alpha,
+                                       c10::SymIntArrayRef size, c10::SymIntArrayRef stride,
+                                       at::ScalarType dtype, int64_t bits, int64_t channel_dim,
+                                       const at::Tensor& /*grad*/) {
+  check_kept("_staircase_relu_rebuild", codes, size, kept_bits(bits, /*codes=*/true));
+  auto y = dense_tensor("_staircase_relu_rebuild", size, stride, codes.options().dtype(dtype));
+  check("_staircase_relu_rebuild", y, alpha, bits, channel_dim);
+  return y;
 }
 
 // The result's shape is stated rather than read off grad, whose shape compiled autograd does not know while
 // it traces.
 std::tuple<at::Tensor, at::Tensor> staircase_relu_backward_meta(
     const at::Tensor& grad, const at::Tensor& saved, const at::Tensor& alpha, c10::SymIntArrayRef size,
-    c10::SymIntArrayRef stride, int64_t, std::string_view, std::string_view, int64_t) {
+    c10::SymIntArrayRef stride, int64_t bits, std::string_view, std::string_view, int64_t channel_dim,
+    bool codes) {
   TORCH_CHECK_VALUE(saved.device() == grad.device() && alpha.device() == grad.device(),
                     "_staircase_relu_backward: grad, saved and alpha must be on one device, got ",
                     grad.device(), ", ", saved.device(), " and ", alpha.device());
-  return {at::empty_strided_symint(size, stride, grad.options()), at::empty_like(alpha)};
+  if (!saved.is_floating_point()) check_kept("_staircase_relu_backward", saved, size, kept_bits(bits, codes));
+  auto grad_x = dense_tensor("_staircase_relu_backward", size, stride, grad.options());
+  check("_staircase_relu_backward", grad_x, alpha, bits, channel_dim);
+  return {std::move(grad_x), at::empty_like(alpha)};
 }
 
 at::Tensor staircase_relu(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, std::string_view ste,
-                          std::string_view alpha_grad, int64_t channel_dim) {
-  return public_op().call(x, alpha, bits, ste, alpha_grad, channel_dim);
+                          std::string_view alpha_grad, int64_t channel_dim, bool save_codes) {
+  return public_op().call(x, alpha, bits, ste, alpha_grad, channel_dim, save_codes);
 }
 
 at::Tensor staircase_codes(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, int64_t channel_dim) {
@@ -221,6 +256,7 @@ TORCH_LIBRARY_IMPL(qat, Autograd, m) {
   m.impl("staircase_relu", staircase_relu_autograd);
   m.impl("staircase_codes", staircase_codes_autograd);
   m.impl("_staircase_relu_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_staircase_relu_rebuild", torch::autograd::autogradNotImplementedFallback());
   m.impl("_staircase_relu_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
@@ -228,6 +264,7 @@ TORCH_LIBRARY_IMPL(qat, Meta, m) {
   m.impl("staircase_relu", staircase_relu_meta);
   m.impl("staircase_codes", staircase_codes_meta);
   m.impl("_staircase_relu_forward", staircase_relu_forward_meta);
+  m.impl("_staircase_relu_rebuild", staircase_relu_rebuild_meta);
   m.impl("_staircase_relu_backward", staircase_relu_backward_meta);
 }
 

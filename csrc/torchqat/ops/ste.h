@@ -48,14 +48,19 @@ void with_alpha_grad(std::string_view alpha_grad, F&& f) {
                     names_of<math::AlphaGradRules>());
 }
 
-// Whether backward reads x, or the regions suffice. At one bit the exact derivative in alpha is a function of
-// the region too; callers who do not want that derivative pass bits = 1.
-inline bool backward_needs_x(std::string_view ste, std::string_view alpha_grad, int64_t bits) {
-  bool slope_needs_x = false;
-  bool level_needed = false;
-  with_ste(ste, [&]<typename Ste>(Ste) { slope_needs_x = !math::RegionSte<Ste>; });
-  with_alpha_grad(alpha_grad, [&]<typename Rule>(Rule) { level_needed = Rule::exact && bits > 1; });
-  return slope_needs_x || level_needed;
+// What backward reads: x where the slope of the STE is a function of it; else the level where the derivative
+// in alpha is (at one bit that is a function of the region too); else the region alone.
+enum class Needs { region, level, x };
+
+inline Needs backward_needs(std::string_view ste, std::string_view alpha_grad, int64_t bits) {
+  Needs needs = Needs::region;
+  with_alpha_grad(alpha_grad, [&]<typename Rule>(Rule) {
+    if (Rule::exact && bits > 1) needs = Needs::level;
+  });
+  with_ste(ste, [&]<typename Ste>(Ste) {
+    if (!math::RegionSte<Ste>) needs = Needs::x;
+  });
+  return needs;
 }
 
 // The derivative in alpha as a function of the region; `exact` replaces `inside` by the level itself.

@@ -46,6 +46,10 @@ class StaircaseReLU(torch.nn.Module):
             writes ``alpha``. :class:`torchqat.optim.BCGD` clamps the parameter itself after its step, in
             groups of :func:`torchqat.optim.param_groups` (``min_value``); under another optimizer, or in
             other groups, the parameter may wander below, where forward goes on with ``alpha_min``.
+        save_codes: keep the packed codes for backward, which :class:`QuantConv2d` and its like share: 2 bits
+            an element with 1 bit, 4 with 2 and 3, 8 with 4 to 7, 16 with 8. ``False`` keeps 2 bits, for
+            layers that keep their own input (the rule ``exact`` needs the codes all the same).
+            :func:`torchqat.prepare` sets it where it pays.
 
     Shape:
         any; with ``channels`` dimension 1 must have that size. The result has the input's shape and dtype.
@@ -85,6 +89,7 @@ class StaircaseReLU(torch.nn.Module):
         alpha_grad_scale: float = 0.01,
         alpha_grad_clip: float = 1.0,
         alpha_min: float = 1e-3,
+        save_codes: bool = True,
     ):
         super().__init__()
         check_bits("StaircaseReLU: bits", bits)
@@ -103,6 +108,7 @@ class StaircaseReLU(torch.nn.Module):
         self.alpha_grad_scale = alpha_grad_scale
         self.alpha_grad_clip = alpha_grad_clip
         self.alpha_min = alpha_min
+        self.save_codes = save_codes
         # The operator knows what its options may be: ask it rather than keep a second list.
         F.staircase_relu(torch.empty(0), torch.tensor(1.0), bits, ste=ste, alpha_grad=alpha_grad)
         start = max(self._initial_alpha(alpha_init), alpha_min)
@@ -131,7 +137,14 @@ class StaircaseReLU(torch.nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.staircase_relu(x, self.step_size(), self.bits, ste=self.ste, alpha_grad=self.alpha_grad)
+        return F.staircase_relu(
+            x,
+            self.step_size(),
+            self.bits,
+            ste=self.ste,
+            alpha_grad=self.alpha_grad,
+            save_codes=self.save_codes,
+        )
 
     def settings(self) -> dict[str, Any]:
         """What a state must have been trained with to fit: ``bits``, ``ste`` and ``alpha_grad``."""

@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import meters
 
@@ -47,7 +47,6 @@ class Effort:
 
 
 QUICK = Effort(least=3, most=3, seconds=0.0)
-FULL = Effort(least=0, most=60, seconds=12.0)  # a problem says how many at least
 
 
 def require(module):
@@ -76,7 +75,7 @@ def measure(problem, device, rates, quick=False, advance=lambda name: None):
             row |= {"status": "absent", "reason": str(reason)}
         except Exception as error:  # that a peer fails is a result, whatever the error
             row |= {"status": "failed", "reason": first_line(error)}
-    effort = QUICK if quick else replace(FULL, least=problem.least_rounds)
+    effort = QUICK if quick else Effort(problem.least_rounds, most=60, seconds=12.0)
     times = interleave(calls, blocks, device, effort, advance)
     for name, call in calls.items():
         rows[name] |= summary(times[name]) | meters.footprint(call, problem.elements, problem.saves, device)

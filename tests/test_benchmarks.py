@@ -130,7 +130,6 @@ def test_peak_bytes_sees_what_a_call_takes_and_gives_back(harness):
     assert 0.9 * size < peak < 1.2 * size
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
 def test_a_larger_batch_trains_where_the_float_network_does_not(harness):
     command = [sys.executable, BENCHMARKS / "larger_batch.py", "--batch", "128", "--memory", "180"]
     finished = subprocess.run(command, capture_output=True, text=True)

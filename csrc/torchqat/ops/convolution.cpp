@@ -71,8 +71,7 @@ at::Tensor autograd(const at::Tensor& input, const at::Tensor& weight, const std
   Convolution convolution;
   const bool differentiate = is_differentiated({input, weight, b});
   // A result that has no gradient may be recomputed all the same, for the normalization that reads it.
-  const bool may_recompute = recompute && at::GradMode::is_enabled() && !has_tangent(input) &&
-                             !has_tangent(weight) && !(b.defined() && has_tangent(b));
+  const bool may_recompute = recompute && at::GradMode::is_enabled() && !any_tangent({input, weight, b});
   if ((differentiate || may_recompute) && input.dim() == weight.dim()) {
     convolution.input = recipe_of(input);
     if (!convolution.input && recompute) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <initializer_list>
 #include <memory>
@@ -77,16 +78,17 @@ void set_layer_history(const at::Tensor& result, std::shared_ptr<K> kept, torch:
   torch::autograd::set_history(result, node);
 }
 
+inline bool any_tangent(std::initializer_list<at::Tensor> inputs) {
+  return std::any_of(inputs.begin(), inputs.end(),
+                     [](const auto& t) { return t.defined() && has_tangent(t); });
+}
+
 // Whether backward will ask for a gradient in one of the inputs. Tensors with forward-mode tangents are left
 // to torch, whose layers pass them on.
 inline bool is_differentiated(std::initializer_list<at::Tensor> inputs) {
-  bool any = false;
-  for (const auto& t : inputs) {
-    if (!t.defined()) continue;
-    if (has_tangent(t)) return false;
-    any = any || t.requires_grad();
-  }
-  return any && at::GradMode::is_enabled();
+  return at::GradMode::is_enabled() && !any_tangent(inputs) &&
+         std::any_of(inputs.begin(), inputs.end(),
+                     [](const auto& t) { return t.defined() && t.requires_grad(); });
 }
 
 }  // namespace torchqat

@@ -31,4 +31,4 @@ build:  ## set up the virtual environment and build the library
 	@scripts/build.sh
 
 clean:  ## remove what was built; .venv stays
-	rm -rf build build-* dist python/torchqat/lib python/torchqat/include
+	rm -rf build build-* dist python/torchqat/lib python/torchqat/include python/torchqat/_bindings*.so

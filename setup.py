@@ -31,8 +31,9 @@ class CMakeBuild(build_ext):
         ]
         jobs = os.environ.get("TORCHQAT_JOBS", str(os.cpu_count()))
         self.cmake("-S", ROOT, "-B", build, "-G", "Ninja", *options)
-        self.cmake("--build", build, "--target", "torchqat", "--parallel", jobs)
+        self.cmake("--build", build, "--target", "torchqat_python", "--parallel", jobs)
         self.cmake("--install", build, "--prefix", package)
+        self.cmake("--install", build, "--prefix", package, "--component", "python")
 
     @staticmethod
     def cmake(*arguments: str | Path) -> None:

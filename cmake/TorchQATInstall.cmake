@@ -1,15 +1,6 @@
-# The build facts beside the library, and the installation: library, headers and CMake package. The Python package
+# The installation: library, its build facts, headers and CMake package. The Python package
 # takes the same installation, with its own folder as the prefix.
 include(CMakePackageConfigHelpers)
-
-set(TORCHQAT_CUDA_JSON null)
-set(TORCHQAT_ARCHITECTURES_JSON "")
-if(TORCHQAT_WITH_CUDA)
-  set(TORCHQAT_CUDA_JSON "\"${TORCHQAT_NVCC_VERSION}\"")
-  list(TRANSFORM CMAKE_CUDA_ARCHITECTURES REPLACE "(.+)" "\"\\1\"" OUTPUT_VARIABLE TORCHQAT_ARCHITECTURES_JSON)
-  list(JOIN TORCHQAT_ARCHITECTURES_JSON ", " TORCHQAT_ARCHITECTURES_JSON)
-endif()
-configure_file(cmake/build_info.json.in libtorchqat.json @ONLY)
 
 # From <site-packages>/torchqat/lib to torch's libraries and to the CUDA libraries that come as wheels. A wheel keeps
 # only these; any other installation also keeps the absolute folders it was linked with.

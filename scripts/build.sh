@@ -62,6 +62,7 @@ build() {
   step "compile" cmake --build build --parallel "${TORCHQAT_JOBS:-$(nproc)}" ||
     fail "the build failed (the compiler's message is above)."
   step "install into python/torchqat" quietly cmake --install build --prefix python/torchqat
+  quietly cmake --install build --prefix python/torchqat --component python
 }
 
 install_editable() {

@@ -124,6 +124,10 @@ SAMPLES = {
         ((x(grad=False), x(grad=False), x(20, 3, grad=False)), {}),
     ],
     "recommend_feature_affinity": lambda: [],
+    # What calibrate counts with, outside of graphs.
+    "_empty_magnitude_counts": lambda: [],
+    "_count_magnitudes": lambda: [],
+    "_best_step_sizes": lambda: [],
     "_bounded_alpha": lambda: [((alpha(3), 1e-3, 0.01, 1.0), {}), ((alpha(grad=False), 1.0, 1.0, 1.0), {})],
     "_staircase_relu_forward": lambda: [
         ((x(grad=False), alpha(grad=False), bits, 1, codes), {})

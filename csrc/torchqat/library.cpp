@@ -2,6 +2,7 @@
 
 #include "torchqat/ops/feature_affinity_loss.h"
 #include "torchqat/ops/staircase_relu.h"
+#include "torchqat/ops/step_size.h"
 
 // Every operator of torchqat, in the order of the documentation. Names that begin with _ are private:
 // the differentiable halves that autograd composes.
@@ -78,5 +79,8 @@ TORCH_LIBRARY(qat, m) {
       "float eps) -> (Tensor loss, Tensor gradient)",
       tags);
   m.def("_feature_affinity_backward(Tensor grad, Tensor gradient, ScalarType dtype) -> Tensor", tags);
+  m.def("_count_magnitudes(Tensor x, Tensor(a!) counts) -> ()", torchqat::count_magnitudes);
+  m.def("_best_step_sizes(Tensor counts, int bits) -> float[]", torchqat::best_step_sizes);
+  m.def("_empty_magnitude_counts(int channels) -> Tensor", torchqat::empty_magnitude_counts);
   m.def("_bounded_alpha(Tensor alpha, float minimum, float grad_scale, float grad_clip) -> Tensor", tags);
 }

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from torchqat import _library
 
 _BUILD = _library.load()
@@ -23,15 +25,16 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         dict: ``torchqat``, ``torch`` and ``compiler`` (versions), ``cuda`` (version of the CUDA toolkit,
-        ``None`` for a CPU-only build), ``cuda_architectures`` (list of names), ``library`` (path of
-        the shared library).
+        ``None`` for a CPU-only build), ``cuda_architectures`` (list of names), ``commit`` (``None`` where it
+        was not built from a git checkout), ``cpu_capability`` (the instruction set that its kernels choose
+        here: ``DEFAULT``, ``AVX2`` or ``AVX512``), ``library`` (path of the shared library).
 
     Example:
         >>> import torchqat
         >>> torchqat.build_info()["torchqat"] == torchqat.__version__
         True
     """
-    return dict(_BUILD)
+    return {**_BUILD, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
 
 
 __all__ = [

@@ -1,13 +1,13 @@
 """Step sizes from data: what each StaircaseReLU sees decides where it starts."""
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from torchqat._step_size import Histogram
 from torchqat.nn import StaircaseReLU
 
 
@@ -81,7 +81,7 @@ class _Observer:
 
     def __init__(self, name: str, module: StaircaseReLU):
         self.name, self.module = name or type(module).__name__, module
-        self.histogram = Histogram(module.alpha.numel())
+        self.counts = torch.ops.qat._empty_magnitude_counts(module.alpha.numel())
         self.calls = 0
         self.kept = ""  # why the step size stays, where it does
 
@@ -90,17 +90,19 @@ class _Observer:
         if not torch.isfinite(x).all():
             raise ValueError(f"calibrate: the input of '{self.name}' has NaN or infinity in it")
         self.calls += 1
-        self.histogram.add(x)
+        torch.ops.qat._count_magnitudes(x, self.counts)
         return torch.relu(x)
 
     def set_alpha(self) -> None:
         alpha = self.module.alpha.detach()
-        steps = self.histogram.best_steps(self.module.bits)
-        missing = sum(step is None for step in steps)
+        steps = torch.ops.qat._best_step_sizes(
+            self.counts, self.module.bits
+        )  # NaN where nothing was positive
+        missing = sum(map(math.isnan, steps))
         if missing:
             of = f" in {missing} of {len(steps)} channels" if len(steps) > 1 else ""
             self.kept = f"{self.name}: " + (f"no positive input{of}" if self.calls else "never called")
-        found = [float("nan") if step is None else max(step, self.module.alpha_min) for step in steps]
+        found = [step if math.isnan(step) else max(step, self.module.alpha_min) for step in steps]
         found = torch.tensor(found, dtype=alpha.dtype, device=alpha.device).view_as(alpha)
         alpha.copy_(torch.where(found.isnan(), alpha, found))
 

@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "torchqat/ops/layer_node.h"
+#include "torchqat/ops/layers.h"
 
 namespace torchqat {
 namespace {
@@ -12,6 +13,12 @@ at::Tensor plain(const at::Tensor& input, const OptionalTensor& weight, const Op
                  const at::Tensor& running_mean, const at::Tensor& running_var, double momentum, double eps) {
   return at::batch_norm(input, weight, bias, running_mean, running_var, /*training=*/true, momentum, eps,
                         at::globalContext().userEnabledCuDNN());
+}
+
+auto dispatched() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("qat::_batch_norm", "").typed<decltype(plain)>();
+  return op;
 }
 
 // What batch normalization keeps in training: the statistics of the batch, and how its input is made again.
@@ -67,6 +74,12 @@ at::Tensor autograd(const at::Tensor& input, const OptionalTensor& weight, const
 }
 
 }  // namespace
+
+at::Tensor layer_batch_norm(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                            const at::Tensor& running_mean, const at::Tensor& running_var, double momentum,
+                            double eps) {
+  return dispatched().call(input, weight, bias, running_mean, running_var, momentum, eps);
+}
 
 TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) { m.impl("_batch_norm", plain); }
 

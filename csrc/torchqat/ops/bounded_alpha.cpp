@@ -2,21 +2,18 @@
 #include <torch/library.h>
 
 #include "torchqat/ops/autograd_node.h"
+#include "torchqat/ops/layers.h"
 
 namespace torchqat {
 namespace {
 
-// max(alpha, minimum), through which the gradient passes also where the bound acts, multiplied by grad_scale
-// and then clamped to +-grad_clip: the training habits of BCGD's authors for a learnable step size, kept out
-// of the operators that state the mathematics.
-at::Tensor bounded_alpha(const at::Tensor& alpha, double minimum, double, double) {
-  return alpha.clamp_min(minimum);
-}
+// The training habits of BCGD's authors for a learnable step size, kept out of the operators that state the
+// mathematics. The gradient passes also where the bound acts.
+at::Tensor plain(const at::Tensor& alpha, double minimum, double, double) { return alpha.clamp_min(minimum); }
 
 auto dispatched() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("qat::_bounded_alpha", "")
-                             .typed<decltype(bounded_alpha)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("qat::_bounded_alpha", "").typed<decltype(plain)>();
   return op;
 }
 
@@ -61,7 +58,11 @@ at::Tensor bounded_alpha_autograd(const at::Tensor& alpha, double minimum, doubl
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) { m.impl("_bounded_alpha", bounded_alpha); }
+at::Tensor bounded_alpha(const at::Tensor& alpha, double minimum, double grad_scale, double grad_clip) {
+  return dispatched().call(alpha, minimum, grad_scale, grad_clip);
+}
+
+TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) { m.impl("_bounded_alpha", plain); }
 
 TORCH_LIBRARY_IMPL(qat, Autograd, m) { m.impl("_bounded_alpha", bounded_alpha_autograd); }
 

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "torchqat/ops/layer_node.h"
+#include "torchqat/ops/layers.h"
 
 namespace torchqat {
 namespace {
@@ -117,6 +118,14 @@ at::Tensor autocast(const at::Tensor& input, const at::Tensor& weight, const std
 }
 
 }  // namespace
+
+at::Tensor layer_convolution(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                             int64_t groups, bool recompute) {
+  return dispatched().call(input, weight, bias, c10::fromIntArrayRefSlow(stride),
+                           c10::fromIntArrayRefSlow(padding), c10::fromIntArrayRefSlow(dilation), groups,
+                           recompute);
+}
 
 TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) { m.impl("_convolution", plain); }
 

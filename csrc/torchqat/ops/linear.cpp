@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "torchqat/ops/layer_node.h"
+#include "torchqat/ops/layers.h"
 
 namespace torchqat {
 namespace {
@@ -74,6 +75,10 @@ at::Tensor autocast(const at::Tensor& input, const at::Tensor& weight,
 }
 
 }  // namespace
+
+at::Tensor layer_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) {
+  return dispatched().call(input, weight, bias);
+}
 
 TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) { m.impl("_linear", plain); }
 

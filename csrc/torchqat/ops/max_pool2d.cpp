@@ -1,6 +1,7 @@
 #include <torch/library.h>
 
 #include "torchqat/ops/layer_node.h"
+#include "torchqat/ops/layers.h"
 
 namespace torchqat {
 namespace {
@@ -8,6 +9,12 @@ namespace {
 at::Tensor plain(const at::Tensor& input, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                  at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
   return at::max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode);
+}
+
+auto dispatched() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("qat::_max_pool2d", "").typed<decltype(plain)>();
+  return op;
 }
 
 // The smallest type that holds the indices of a plane's pixels.
@@ -82,6 +89,11 @@ at::Tensor autograd(const at::Tensor& input, at::IntArrayRef kernel_size, at::In
 }
 
 }  // namespace
+
+at::Tensor layer_max_pool2d(const at::Tensor& input, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                            at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
+  return dispatched().call(input, kernel_size, stride, padding, dilation, ceil_mode);
+}
 
 TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) { m.impl("_max_pool2d", plain); }
 

@@ -1,0 +1,57 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/nn/module.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "torchqat/macros.h"
+
+namespace torchqat {
+
+// Sets the step size of every StaircaseReLU of a model to the one of least mean squared error for its inputs,
+// over all batches, in one pass in which they act as plain ReLUs: see torchqat.calibrate in Python, whose
+// step sizes these are, bit by bit. Training modes and random generators are afterwards what they were.
+// `model` is a module holder or a shared pointer to a module whose forward takes a tensor; a batch is that
+// tensor, or has it as `data` (the batches of LibTorch's data loaders). They are moved to the device of the
+// model's first parameter.
+template <typename Model, typename Batches>
+void calibrate(Model& model, Batches&& batches);
+
+// What it is made of, for models that are called in other ways: make one, call run() with each batch, and at
+// last set_alphas(). A model that is dropped before is left as it was.
+class TORCHQAT_API Calibration {
+ public:
+  explicit Calibration(torch::nn::Module& model);
+  Calibration(const Calibration&) = delete;
+  Calibration& operator=(const Calibration&) = delete;
+  ~Calibration();
+  void run(const std::function<void()>& forward);
+  void set_alphas();
+  at::Device device() const;  // of the model's first parameter
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+template <typename Model, typename Batches>
+void calibrate(Model& model, Batches&& batches) {
+  Calibration calibration(*model);
+  for (const auto& batch : batches) {
+    calibration.run([&] {
+      if constexpr (requires { batch.data.to(calibration.device()); })
+        model->forward(batch.data.to(calibration.device()));
+      else
+        model->forward(batch.to(calibration.device()));
+    });
+  }
+  calibration.set_alphas();
+}
+
+}  // namespace torchqat

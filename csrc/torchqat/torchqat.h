@@ -3,6 +3,7 @@
 // Everything a LibTorch program uses.
 #include "torchqat/build_info.h"
 #include "torchqat/calibrate.h"
+#include "torchqat/checkpoint.h"
 #include "torchqat/distill/faqd_loss.h"
 #include "torchqat/nn/feature_affinity_loss.h"
 #include "torchqat/nn/quant_layers.h"
@@ -14,3 +15,4 @@
 #include "torchqat/ops/staircase_relu.h"
 #include "torchqat/optim/bcgd.h"
 #include "torchqat/optim/param_groups.h"
+#include "torchqat/safetensors.h"

@@ -64,7 +64,7 @@ BCGDOptions completed(const ParamGroup& group, const BCGDOptions& defaults) {
 
 template <typename T>
 std::string shown(const std::optional<T>& value) {
-  return value ? c10::str(*value) : "none";
+  return value ? c10::str(*value) : "None";
 }
 
 // What a saved state must have been quantized as to fit.
@@ -425,8 +425,11 @@ void BCGD::load(torch::serialize::InputArchive& archive) {
     static_cast<BCGDOptions&>(param_groups_[i].options()) = options_of(saved.param_groups()[i]);
 }
 
-// Throws where the states are not those of parameters like ours.
 void BCGD::check_states(const std::vector<BCGDParamState>& states) const {
+  size_t count = 0;
+  for (const auto& group : param_groups_) count += group.params().size();
+  TORCH_CHECK_VALUE(states.size() == count, "BCGD: there must be ", count, " states, got ",
+                    states.size());
   size_t number = 0;
   for (const auto& group : param_groups_) {
     const auto& options = options_of(group);
@@ -458,10 +461,6 @@ void BCGD::check_states(const std::vector<BCGDParamState>& states) const {
 void BCGD::restore(const std::vector<BCGDParamState>& states) {
   const torch::NoGradGuard no_grad;
   refuse_swapped("restore");
-  size_t count = 0;
-  for (const auto& group : param_groups_) count += group.params().size();
-  TORCH_CHECK_VALUE(states.size() == count, "BCGD: restore: there must be ", count, " states, got ",
-                    states.size());
   check_states(states);
   starts_quantized_.clear();
   auto saved = states.begin();

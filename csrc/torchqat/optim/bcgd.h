@@ -114,9 +114,13 @@ class TORCHQAT_API BCGD : public torch::optim::Optimizer {
   // Compares every quantized parameter with its latent and gives those that differ a new one, silently.
   void refresh();
 
-  // Takes over states, one for each parameter in the order of the groups; the parameters then hold the
-  // projections of the latents. What load() and load_checkpoint() end in. Throws with nothing changed.
+  // What load() and load_checkpoint() end in. Takes over states, one for each parameter in the order of the
+  // groups; the parameters then hold the projections of the latents. Throws with nothing changed.
   void restore(const std::vector<BCGDParamState>& states);
+  // Throws where the states are not those of parameters like the optimizer's.
+  void check_states(const std::vector<BCGDParamState>& states) const;
+  // Throws in the name of `what` while latents() lives.
+  void refuse_swapped(const char* what) const;
 
  private:
   struct Item {
@@ -128,9 +132,7 @@ class TORCHQAT_API BCGD : public torch::optim::Optimizer {
   std::vector<Item> changed(const std::vector<Item>& items);
   void adopt(const std::vector<Item>& items, bool warn = true);
   void leave(const at::Tensor& param);
-  void check_states(const std::vector<BCGDParamState>& states) const;
   void warn_of_quantized_starts();
-  void refuse_swapped(const char* what) const;
   void plain_step(const BCGDOptions& options, const std::vector<at::Tensor>& params);
   void quantized_step(const BCGDOptions& options, const std::vector<at::Tensor>& params);
 

@@ -1,0 +1,271 @@
+#include "torchqat/checkpoint.h"
+
+#include <ATen/ATen.h>
+#include <torch/utils.h>
+
+#include <algorithm>
+#include <set>
+#include <sstream>
+#include <utility>
+#include <vector>
+
+#include "torchqat/build_info.h"
+#include "torchqat/nn/feature_affinity_loss.h"
+#include "torchqat/nn/staircase_relu.h"
+
+namespace torchqat {
+namespace {
+
+using optim::BCGD;
+using optim::BCGDOptions;
+using optim::BCGDParamState;
+using Tensors = std::map<std::string, at::Tensor>;
+using Texts = std::map<std::string, std::string>;
+
+// As python/torchqat/checkpoint.py has them.
+const std::string kFormat = "torchqat checkpoint 1";
+const std::string kOptimizer = "optimizer.";
+const std::string kStaircase = "staircase_relu.";
+const std::string kQuantized = "quantized.";
+const std::string kExtraState = "_extra_state";
+
+bool begins(const std::string& text, const std::string& prefix) { return text.rfind(prefix, 0) == 0; }
+
+std::string joined(const std::string& module, const std::string& name) {
+  return module.empty() ? name : module + "." + name;
+}
+
+// Calls f(name, generator) for the random generators of the model.
+template <typename F>
+void for_each_generator(const torch::nn::Module& model, F&& f) {
+  model.apply([&](const std::string& name, const torch::nn::Module& module) {
+    if (const auto* loss = dynamic_cast<const nn::FastFeatureAffinityLossImpl*>(&module))
+      f(joined(name, kExtraState), loss->generator);
+  });
+}
+
+Tensors state_of(const torch::nn::Module& model) {
+  Tensors tensors;
+  model.apply([&](const std::string& module, const torch::nn::Module& m) {
+    for (const auto& named : {m.named_parameters(/*recurse=*/false), m.named_buffers(/*recurse=*/false)}) {
+      for (const auto& item : named) {
+        if (item.value().defined()) tensors[joined(module, item.key())] = item.value().detach();
+      }
+    }
+  });
+  for_each_generator(model, [&](const std::string& name, const at::Generator& generator) {
+    tensors[name] = generator.get_state();
+  });
+  return tensors;
+}
+
+Texts staircases_of(const torch::nn::Module& model) {
+  Texts settings;
+  model.apply([&](const std::string& name, const torch::nn::Module& module) {
+    if (const auto* staircase = dynamic_cast<const nn::StaircaseReLUImpl*>(&module))
+      settings[kStaircase + name] = staircase->settings();
+  });
+  return settings;
+}
+
+struct NamedParam {
+  std::string name;
+  at::Tensor param;
+  const BCGDOptions* options;
+};
+
+// Everything in the optimizer, in its order, by the names that the model has for it.
+std::vector<NamedParam> named_params(const std::string& what, const torch::nn::Module& model,
+                                     const BCGD& optimizer) {
+  std::map<const void*, std::string> names;
+  for (const auto& item : model.named_parameters()) names.emplace(item.value().unsafeGetTensorImpl(), item.key());
+  std::vector<NamedParam> result;
+  for (size_t group = 0; group < optimizer.param_groups().size(); ++group) {
+    const auto& params = optimizer.param_groups()[group].params();
+    const auto& options = static_cast<const BCGDOptions&>(optimizer.param_groups()[group].options());
+    for (size_t place = 0; place < params.size(); ++place) {
+      const auto found = names.find(params[place].unsafeGetTensorImpl());
+      TORCH_CHECK_VALUE(found != names.end(), what, ": parameter ", place, " of the optimizer's group ", group,
+                        options.name().empty() ? "" : " (" + options.name() + ")", ", of shape ",
+                        params[place].sizes(), ", is not in the model: give a module that holds both");
+      result.push_back({found->second, params[place], &options});
+    }
+  }
+  return result;
+}
+
+Texts projections_of(const std::vector<NamedParam>& params) {
+  const auto or_none = [](const auto& value) { return value ? c10::str(*value) : "None"; };
+  Texts settings;
+  for (const auto& [name, param, options] : params) {
+    if (options->quant_bits())
+      settings[kQuantized + name] =
+          c10::str("quant_bits=", or_none(options->quant_bits()),
+                   ", channel_dim=", or_none(options->channel_dim()), ", method=", options->method());
+  }
+  return settings;
+}
+
+void check_settings(const std::string& what, const Texts& ours, const Texts& metadata, const std::string& prefix,
+                    const char* kind, const char* whose) {
+  std::set<std::string> keys;
+  for (const auto* texts : {&ours, &metadata}) {
+    for (const auto& [key, text] : *texts) {
+      if (begins(key, prefix)) keys.insert(key);
+    }
+  }
+  for (const auto& key : keys) {
+    const auto of = [&](const Texts& texts) {
+      const auto found = texts.find(key);
+      return found == texts.end() ? "none" : found->second;
+    };
+    TORCH_CHECK_VALUE(of(metadata) == of(ours), what, ": ", kind, " '", key.substr(prefix.size()),
+                      "' must be the same in the file and in ", whose, ": the file has ", of(metadata), "; ",
+                      whose, " has ", of(ours));
+  }
+}
+
+void check_names(const std::string& what, const Tensors& saved, const Tensors& own) {
+  const auto refuse_missing = [&](const char* kind, const Tensors& from, const Tensors& in) {
+    std::ostringstream names;
+    size_t count = 0;
+    for (const auto& [name, value] : from) {
+      if (!in.count(name) && ++count <= 5) names << (count > 1 ? ", '" : "'") << name << "'";
+    }
+    if (count > 5) names << " and " << count - 5 << " more";
+    TORCH_CHECK_VALUE(count == 0, what, ": must have the names of the model, ", kind, " ", names.str());
+  };
+  refuse_missing("lacks", own, saved);
+  refuse_missing("also has", saved, own);
+}
+
+void check_model_state(const std::string& what, const Tensors& saved, const Tensors& own) {
+  check_names(what, saved, own);
+  for (const auto& [name, value] : saved) {
+    const auto& ours = own.at(name);
+    if (name == kExtraState || name.ends_with("." + kExtraState)) continue;  // its module's own affair
+    TORCH_CHECK_VALUE(value.sizes() == ours.sizes(), what, ": '", name, "' must have shape ", ours.sizes(),
+                      ", got ", value.sizes());
+    TORCH_CHECK_VALUE(
+        value.scalar_type() == ours.scalar_type() || (value.is_floating_point() && ours.is_floating_point()),
+        what, ": '", name, "' must be ", ours.scalar_type(), ", got ", value.scalar_type());
+  }
+}
+
+// A state's tensor by its name; none where there is no such one.
+at::Tensor* member(BCGDParamState& state, const std::string& key) {
+  if (key == "latent") return &state.latent();
+  if (key == "scale") return &state.scale();
+  if (key == "momentum_buffer") return &state.momentum_buffer();
+  return key == "step" ? &state.step() : nullptr;
+}
+
+// The states in the optimizer's order.
+std::vector<BCGDParamState> optimizer_states(const std::string& what, const Tensors& tensors,
+                                             const Texts& metadata, const std::vector<NamedParam>& params) {
+  TORCH_CHECK_VALUE(metadata.count("optimizer"), what,
+                    ": must have the state of an optimizer; to load the model alone give none");
+  check_settings(what, projections_of(params), metadata, kQuantized, "quantized parameter", "the optimizer");
+  std::map<std::string, BCGDParamState> by_name;
+  for (const auto& [name, value] : tensors) {
+    const auto dot = name.rfind('.');
+    const auto key = name.substr(dot + 1);
+    const bool whole = dot >= kOptimizer.size() && dot != std::string::npos;
+    auto* place = whole ? member(by_name[name.substr(kOptimizer.size(), dot - kOptimizer.size())], key) : nullptr;
+    TORCH_CHECK_VALUE(place && value.is_floating_point(), what,
+                      ": the optimizer's state must be floating-point latent, scale, momentum_buffer, step, "
+                      "got '",
+                      name, "' of ", value.scalar_type());
+    *place = value;
+  }
+  std::vector<BCGDParamState> states;
+  for (const auto& param : params) {
+    states.push_back(by_name[param.name]);
+    by_name.erase(param.name);
+  }
+  TORCH_CHECK_VALUE(by_name.empty(), what, ": has a state for '", by_name.begin()->first,
+                    "', which is not in the optimizer");
+  return states;
+}
+
+// Gives the generators their states; where one is refused all are as they were.
+void restore_generators(const std::string& what, const torch::nn::Module& model, const Tensors& saved) {
+  std::vector<std::pair<at::Generator, at::Tensor>> before;
+  for_each_generator(model, [&](const std::string& name, at::Generator generator) {
+    before.emplace_back(generator, generator.get_state());
+    try {
+      generator.set_state(saved.at(name));
+    } catch (const c10::Error& error) {
+      for (auto& [done, state] : before) done.set_state(state);
+      TORCH_CHECK_VALUE(false, what, ": '", name, "' must be the state of a generator on ", generator.device(),
+                        ": ", error.what_without_backtrace());
+    }
+  });
+}
+
+}  // namespace
+
+TensorFile checkpoint_of(const torch::nn::Module& model, const BCGD* optimizer) {
+  TensorFile file{state_of(model), staircases_of(model)};
+  for (const auto& [name, tensor] : file.tensors)
+    TORCH_CHECK_VALUE(!begins(name, kOptimizer),
+                      "save_checkpoint: no name in the model must begin with 'optimizer.', got '", name, "'");
+  file.metadata["format"] = kFormat;
+  file.metadata["torchqat"] = build_info().torchqat;
+  if (!optimizer) return file;
+  optimizer->refuse_swapped("save_checkpoint");
+  const auto params = named_params("save_checkpoint", model, *optimizer);
+  file.metadata["optimizer"] = "BCGD";
+  file.metadata.merge(projections_of(params));
+  for (const auto& [name, param, options] : params) {
+    const auto found = optimizer->state().find(param.unsafeGetTensorImpl());
+    if (found == optimizer->state().end()) continue;
+    auto state = static_cast<const BCGDParamState&>(*found->second);
+    for (const auto* key : {"latent", "scale", "momentum_buffer", "step"}) {
+      if (const auto& value = *member(state, key); value.defined())
+        file.tensors[kOptimizer + name + "." + key] = value;
+    }
+  }
+  return file;
+}
+
+void restore_checkpoint(const TensorFile& file, torch::nn::Module& model, BCGD* optimizer,
+                        const std::string& what) {
+  if (optimizer) optimizer->refuse_swapped("load_checkpoint");
+  auto tensors = file.tensors;
+  Tensors of_optimizer;
+  const auto format = file.metadata.find("format");
+  if (format != file.metadata.end() && begins(format->second, "torchqat checkpoint")) {
+    TORCH_CHECK_VALUE(format->second == kFormat, what, ": the format must be '", kFormat, "', got '",
+                      format->second, "'");
+    check_settings(what, staircases_of(model), file.metadata, kStaircase, "StaircaseReLU", "the model");
+    for (auto it = tensors.begin(); it != tensors.end();) {
+      auto next = std::next(it);
+      if (begins(it->first, kOptimizer)) of_optimizer.insert(tensors.extract(it));
+      it = next;
+    }
+  }
+  auto own = state_of(model);
+  check_model_state(what, tensors, own);
+  std::vector<BCGDParamState> states;
+  if (optimizer) {
+    states = optimizer_states(what, of_optimizer, file.metadata, named_params(what, model, *optimizer));
+    optimizer->check_states(states);
+  }
+  restore_generators(what, model, tensors);
+  const torch::NoGradGuard no_grad;
+  for (auto& [name, value] : own) {
+    if (name != kExtraState && !name.ends_with("." + kExtraState)) value.copy_(tensors.at(name));
+  }
+  if (optimizer) optimizer->restore(states);
+}
+
+void save_checkpoint(const std::string& path, const torch::nn::Module& model, const BCGD* optimizer) {
+  save_safetensors(path, checkpoint_of(model, optimizer));
+}
+
+void load_checkpoint(const std::string& path, torch::nn::Module& model, BCGD* optimizer) {
+  restore_checkpoint(load_safetensors(path), model, optimizer, "load_checkpoint: " + path);
+}
+
+}  // namespace torchqat

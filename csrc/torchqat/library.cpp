@@ -79,4 +79,6 @@ TORCH_LIBRARY(qat, m) {
       tags);
   m.def("_feature_affinity_backward(Tensor grad, Tensor gradient, ScalarType dtype) -> Tensor", tags);
   m.def("_bounded_alpha(Tensor alpha, float minimum, float grad_scale, float grad_clip) -> Tensor", tags);
+  m.def("_save_safetensors(str path, str[] names, Tensor[] tensors, Dict(str, str) metadata) -> ()");
+  m.def("_load_safetensors(str path) -> (str[] names, Tensor[] tensors, Dict(str, str) metadata)");
 }

@@ -22,8 +22,17 @@ namespace {
 constexpr const char* kSave = "save_safetensors";
 constexpr const char* kLoad = "load_safetensors";
 
+[[noreturn]] void fail(const char* function, const std::string& path, const std::string& reason) {
+  C10_THROW_ERROR(Error, c10::str(function, ": ", path, ": ", reason));
+}
+
 [[noreturn]] void fail_system(const char* function, const std::string& path, int error) {
-  C10_THROW_ERROR(Error, c10::str(function, ": ", path, ": ", std::generic_category().message(error)));
+  fail(function, path, std::generic_category().message(error));
+}
+
+void check_regular(const char* function, const std::string& path, const struct stat& facts) {
+  if (S_ISDIR(facts.st_mode)) fail_system(function, path, EISDIR);
+  if (!S_ISREG(facts.st_mode)) fail(function, path, "not a regular file");
 }
 
 // Before any call of the system, which would take what is in front of the NUL.
@@ -31,6 +40,22 @@ void check_path(const char* function, const std::string& path) {
   TORCH_CHECK_VALUE(path.find('\0') == std::string::npos, function, ": a path must have no NUL in it, got ",
                     path);
 }
+
+// Closes what a constructor that raises leaves open.
+class Descriptor {
+ public:
+  Descriptor() = default;
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  ~Descriptor() { close(); }
+
+  bool open(const char* path, int flags) { return (number_ = ::open(path, flags | O_CLOEXEC, 0666)) >= 0; }
+  bool close() { return number_ < 0 || ::close(std::exchange(number_, -1)) == 0; }
+  int number() const { return number_; }
+
+ private:
+  int number_ = -1;
+};
 
 // A file under a name of its own, in the folder where it shall be in the end; removed unless it gets there.
 class NewFile {
@@ -41,26 +66,21 @@ class NewFile {
     target_ = std::filesystem::canonical(path, missing);  // a link stays one
     if (missing) target_ = path;
     struct stat there {};
-    if (stat(target_.c_str(), &there) == 0 && !S_ISREG(there.st_mode)) {
-      fail_system(kSave, path_, S_ISDIR(there.st_mode) ? EISDIR : ENOTSUP);
-    }
+    if (stat(target_.c_str(), &there) == 0) check_regular(kSave, path, there);
     static std::atomic<unsigned> count{0};
     do {
       own_ = target_.parent_path() / c10::str(".torchqat-", getpid(), "-", count++, ".tmp");
-      file_ = open(own_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    } while (file_ < 0 && errno == EEXIST);
-    if (file_ < 0) fail_system(kSave, path_, errno);
+      if (file_.open(own_.c_str(), O_WRONLY | O_CREAT | O_EXCL)) return;
+    } while (errno == EEXIST);
+    fail_system(kSave, path, errno);
   }
-  NewFile(const NewFile&) = delete;
-  NewFile& operator=(const NewFile&) = delete;
   ~NewFile() {
-    if (file_ >= 0) close(file_);
     if (!done_) unlink(own_.c_str());
   }
 
   void write(const void* data, size_t size) {
     for (const char* at = static_cast<const char*>(data); size > 0;) {
-      const ssize_t count = ::write(file_, at, size);
+      const ssize_t count = ::write(file_.number(), at, size);
       if (count < 0 && errno == EINTR) continue;
       if (count <= 0) fail_system(kSave, path_, count < 0 ? errno : ENOSPC);
       at += count;
@@ -69,8 +89,8 @@ class NewFile {
   }
 
   void commit() {
-    if (fsync(file_) != 0) fail_system(kSave, path_, errno);
-    if (close(std::exchange(file_, -1)) != 0) fail_system(kSave, path_, errno);
+    if (fsync(file_.number()) != 0) fail_system(kSave, path_, errno);
+    if (!file_.close()) fail_system(kSave, path_, errno);
     if (rename(own_.c_str(), target_.c_str()) != 0) fail_system(kSave, path_, errno);
     done_ = true;
   }
@@ -78,7 +98,7 @@ class NewFile {
  private:
   const std::string& path_;
   std::filesystem::path target_, own_;
-  int file_ = -1;
+  Descriptor file_;
   bool done_ = false;
 };
 
@@ -86,30 +106,21 @@ class OldFile {
  public:
   explicit OldFile(const std::string& path) : path_(path) {
     check_path(kLoad, path);
-    file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not wait for its writer
+    // A pipe must not wait for its writer.
+    if (!file_.open(path.c_str(), O_RDONLY | O_NONBLOCK)) fail_system(kLoad, path, errno);
     struct stat facts {};
-    const int error = file_ < 0 || fstat(file_, &facts) != 0 ? errno
-                      : S_ISDIR(facts.st_mode)               ? EISDIR
-                      : S_ISREG(facts.st_mode)               ? 0
-                                                             : ENOTSUP;
-    if (error != 0) {
-      if (file_ >= 0) close(file_);
-      fail_system(kLoad, path_, error);
-    }
+    if (fstat(file_.number(), &facts) != 0) fail_system(kLoad, path, errno);
+    check_regular(kLoad, path, facts);
     size_ = static_cast<uint64_t>(facts.st_size);
   }
-  OldFile(const OldFile&) = delete;
-  OldFile& operator=(const OldFile&) = delete;
-  ~OldFile() { close(file_); }
-
   uint64_t size() const { return size_; }
 
   void read(void* data, size_t size) {
     for (char* at = static_cast<char*>(data); size > 0;) {
-      const ssize_t count = ::read(file_, at, size);
+      const ssize_t count = ::read(file_.number(), at, size);
       if (count < 0 && errno == EINTR) continue;
       if (count < 0) fail_system(kLoad, path_, errno);
-      if (count == 0) refuse_file(path_, "the file became shorter while it was read");
+      if (count == 0) refuse_file(path_, "became shorter while it was read");
       at += count;
       size -= static_cast<size_t>(count);
     }
@@ -117,7 +128,7 @@ class OldFile {
 
  private:
   const std::string& path_;
-  int file_ = -1;
+  Descriptor file_;
   uint64_t size_ = 0;
 };
 

@@ -154,9 +154,12 @@ def _call(what: str, operator: Callable, path: FilePath, *args: Any) -> Any:
             raise
         if isinstance(error, (ValueError, TypeError)):
             raise type(error)(f"{what}: {text.removeprefix(prefix)}") from None
-        reason = text.removeprefix(f"{prefix}{path}: ").partition("\n")[0]
-    code = next((code for code in errno.errorcode if os.strerror(code) == reason), errno.EIO)
-    raise OSError(code, f"{what}: {path}: {reason}")
+        text = text.removeprefix(f"{prefix}{path}: ").partition("\n")[0]
+    code = next((code for code in errno.errorcode if os.strerror(code) == text), errno.EIO)
+    kind = type(OSError(code, text))  # FileNotFoundError for ENOENT, and so on
+    error = kind(f"{what}: {path}: {text}")
+    error.errno = code
+    raise error
 
 
 def _model_state(what: str, model: nn.Module) -> dict[str, Tensor]:

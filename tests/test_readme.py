@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import safetensors
 from small_nets import assert_same
 from torch.nn import functional as F
 
@@ -49,11 +50,18 @@ def test_a_checkpoint_goes_on_bit_for_bit(program):
     assert_same(*runs)
 
 
+def test_a_safetensors_checkpoint_is_of_the_same_model(program, tmp_path):
+    model = program[2]["model"]
+    with safetensors.safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
+        assert_same(file.get_tensor("0.weight"), model[0].weight.detach())
+        assert "optimizer.0.weight.latent" in file.keys()  # noqa: SIM118
+
+
 def test_a_teacher_in_place_of_labels(program):
-    student, teacher, result = (program[2][name] for name in ("student", "teacher", "result"))
+    student, teacher, result = (program[3][name] for name in ("student", "teacher", "result"))
     assert student[0].weight.unique().numel() == 2 and teacher[0].weight.unique().numel() > 2
     assert result.terms.kd > 0 and result.terms.fa > 0 and result.terms.label is None
 
 
 def test_every_block_of_python_is_tried():
-    assert len(BLOCKS) == README.count("```python") == 3
+    assert len(BLOCKS) == README.count("```python") == 4

@@ -83,4 +83,6 @@ TORCH_LIBRARY(qat, m) {
   m.def("_best_step_sizes(Tensor counts, int bits) -> float[]", torchqat::best_step_sizes);
   m.def("_empty_magnitude_counts(int channels) -> Tensor", torchqat::empty_magnitude_counts);
   m.def("_bounded_alpha(Tensor alpha, float minimum, float grad_scale, float grad_clip) -> Tensor", tags);
+  m.def("_save_safetensors(str path, str[] names, Tensor[] tensors, Dict(str, str) metadata) -> ()");
+  m.def("_load_safetensors(str path) -> (str[] names, Tensor[] tensors, Dict(str, str) metadata)");
 }

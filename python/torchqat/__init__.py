@@ -11,6 +11,7 @@ _BUILD = _library.load()
 
 from torchqat import _vmap, distill, functional, nn, optim  # noqa: E402, F401  (they need the operators)
 from torchqat.calibrate import calibrate  # noqa: E402
+from torchqat.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from torchqat.memory_report import MemoryReport, memory_report  # noqa: E402
 from torchqat.prepare import prepare  # noqa: E402
 
@@ -45,8 +46,10 @@ __all__ = [
     "cmake_prefix_path",
     "distill",
     "functional",
+    "load_checkpoint",
     "memory_report",
     "nn",
     "optim",
     "prepare",
+    "save_checkpoint",
 ]

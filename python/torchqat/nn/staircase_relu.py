@@ -60,8 +60,9 @@ class StaircaseReLU(torch.nn.Module):
             small updates need it.
 
     A ``state_dict`` remembers ``bits``, ``ste`` and ``alpha_grad`` in its metadata, which ``torch.save``
-    keeps: ``load_state_dict`` into a model with others raises, ``strict`` or not. Formats that hold tensors
-    alone (safetensors) forget it, and so does ``dict(state_dict)``: then nothing is compared.
+    keeps: ``load_state_dict`` into a model with others raises, ``strict`` or not. What holds tensors alone
+    forgets it, such as ``dict(state_dict)``: then nothing is compared. :func:`torchqat.save_checkpoint`
+    writes it into its file.
 
     Raises:
         TypeError: ``bits`` is no int.

@@ -1,0 +1,232 @@
+// Files of tensors. tests/test_checkpoint.py compares them with the safetensors package, and damages them.
+#include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <torch/torch.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <limits>
+#include <random>
+#include <string>
+
+#include "torchqat/torchqat.h"
+
+namespace {
+
+namespace fs = std::filesystem;
+using torchqat::load_safetensors;
+using torchqat::save_safetensors;
+using torchqat::TensorFile;
+
+template <typename Error = c10::Error, typename F>
+std::string error_of(F&& f) {
+  try {
+    f();
+  } catch (const Error& error) {
+    return error.what_without_backtrace();
+  }
+  return "no error";
+}
+
+struct Safetensors : ::testing::Test {
+  void SetUp() override {
+    at::manual_seed(0);
+    folder = fs::temp_directory_path() / ("torchqat-test-" + std::to_string(getpid()) + "-" +
+                                          ::testing::UnitTest::GetInstance()->current_test_info()->name());
+    fs::remove_all(folder);
+    fs::create_directories(folder);
+    path = folder / "model.safetensors";
+  }
+  void TearDown() override { fs::remove_all(folder); }
+
+  TensorFile there_and_back(const TensorFile& file) const {
+    save_safetensors(path, file);
+    return load_safetensors(path);
+  }
+
+  std::string content() const {
+    std::ifstream in(path, std::ios::binary);
+    return {std::istreambuf_iterator<char>(in), {}};
+  }
+
+  void write(const std::string& bytes) const { std::ofstream(path, std::ios::binary) << bytes; }
+
+  void write(const std::string& header, const std::string& data) const {
+    const uint64_t length = header.size();
+    write(std::string(reinterpret_cast<const char*>(&length), 8) + header + data);
+  }
+
+  std::string refused() const {
+    return error_of<c10::ValueError>([&] { load_safetensors(path); });
+  }
+
+  size_t files() const { return std::distance(fs::directory_iterator(folder), fs::directory_iterator()); }
+
+  fs::path folder;
+  std::string path;
+};
+
+TEST_F(Safetensors, EveryDtypeAndShapeComesBack) {
+  TensorFile file;
+  for (const auto dtype : {at::kDouble, at::kFloat, at::kHalf, at::kBFloat16, at::kLong, at::kInt, at::kShort,
+                           at::kChar, at::kByte, at::kBool}) {
+    for (const auto& shape : std::vector<std::vector<int64_t>>{{}, {3}, {0, 4}, {2, 3, 4}}) {
+      file.tensors[c10::str(dtype, at::IntArrayRef(shape))] = (at::randn(shape) * 3).to(dtype);
+    }
+  }
+  const auto back = there_and_back(file);
+  ASSERT_EQ(back.tensors.size(), file.tensors.size());
+  EXPECT_TRUE(back.metadata.empty());
+  for (const auto& [name, tensor] : file.tensors) {
+    const auto& other = back.tensors.at(name);
+    EXPECT_EQ(other.scalar_type(), tensor.scalar_type()) << name;
+    EXPECT_TRUE(at::equal(other, tensor)) << name;
+  }
+}
+
+TEST_F(Safetensors, LayoutsAreWrittenRowByRow) {
+  const auto base = at::arange(24, at::kFloat).view({4, 6});
+  const auto nan = at::full({2}, std::numeric_limits<double>::quiet_NaN());
+  const auto back = there_and_back({{{"transposed", base.t()},
+                                     {"sliced", base.slice(1, 1, 6, 2)},
+                                     {"expanded", at::ones({}).expand({3, 2})},
+                                     {"parameter", base.clone().requires_grad_()},
+                                     {"nan", nan}},
+                                    {}});
+  EXPECT_TRUE(at::equal(back.tensors.at("transposed"), base.t()));
+  EXPECT_TRUE(at::equal(back.tensors.at("sliced"), base.slice(1, 1, 6, 2)));
+  EXPECT_TRUE(at::equal(back.tensors.at("expanded"), at::ones({3, 2})));
+  EXPECT_TRUE(at::equal(back.tensors.at("parameter"), base));
+  EXPECT_TRUE(back.tensors.at("nan").isnan().all().item<bool>());
+  for (const auto& [name, tensor] : back.tensors) {
+    EXPECT_TRUE(tensor.is_contiguous() && !tensor.requires_grad()) << name;
+  }
+}
+
+TEST_F(Safetensors, StrangeNamesAndMetadataComeBack) {
+  TensorFile file;
+  for (const std::string& name : {std::string(), std::string("a.b"), std::string("\"\\/{}[]:,"),
+                                  std::string("\0\n\t\x1f\x7f", 5), std::string("\u00fc\u20ac\U0001f600")}) {
+    file.tensors[name] = at::full({1}, static_cast<double>(name.size()));
+    file.metadata[name] = name;
+  }
+  const auto back = there_and_back(file);
+  EXPECT_EQ(back.metadata, file.metadata);
+  ASSERT_EQ(back.tensors.size(), file.tensors.size());
+  for (const auto& [name, tensor] : file.tensors) EXPECT_TRUE(at::equal(back.tensors.at(name), tensor));
+}
+
+TEST_F(Safetensors, TheBytesAreThoseOfTheFormat) {
+  save_safetensors(path, {{{"b", at::ones({2}, at::kFloat)}, {"a", at::ones({}, at::kByte)}}, {{"k", "v"}}});
+  const std::string header =
+      R"({"__metadata__":{"k":"v"},"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},)"
+      R"("a":{"dtype":"U8","shape":[],"data_offsets":[8,9]}})";
+  const std::string padded = header + std::string((8 - header.size() % 8) % 8, ' ');
+  const std::string bytes = content();
+  EXPECT_EQ(bytes.substr(8, padded.size()), padded);
+  EXPECT_EQ(bytes.substr(8 + padded.size()), std::string("\0\0\x80\x3f\0\0\x80\x3f\x01", 9));
+}
+
+TEST_F(Safetensors, WhatCannotBeWrittenIsNamed) {
+  const auto error = [&](const TensorFile& file) { return error_of([&] { save_safetensors(path, file); }); };
+  EXPECT_EQ(error({{{"z", at::zeros({2}, at::kComplexFloat)}}, {}}),
+            "save_safetensors: tensor 'z' has the dtype ComplexFloat, which is not written");
+  EXPECT_EQ(error({{{"u", at::Tensor()}}, {}}), "save_safetensors: tensor 'u' must be defined");
+  EXPECT_EQ(error({{{"s", at::eye(2).to_sparse()}}, {}}),
+            "save_safetensors: tensor 's' must be dense and have values, got layout Sparse on cpu");
+  EXPECT_EQ(error({{{"__metadata__", at::ones({})}}, {}}),
+            "save_safetensors: a name must be UTF-8 and not __metadata__, got '__metadata__'");
+  EXPECT_NE(error({{{"\xff", at::ones({})}}, {}}).find("a name must be UTF-8"), std::string::npos);
+  EXPECT_NE(error({{}, {{"k", "\xed\xa0\x80"}}}).find("metadata must be UTF-8"), std::string::npos);
+  EXPECT_EQ(files(), 0u);
+}
+
+TEST_F(Safetensors, TheSystemsReasonIsGiven) {
+  const std::string nowhere = folder / "no" / "where";
+  EXPECT_EQ(error_of([&] { save_safetensors(nowhere, {}); }),
+            "save_safetensors: " + nowhere + ": No such file or directory");
+  EXPECT_EQ(error_of([&] { load_safetensors(nowhere); }),
+            "load_safetensors: " + nowhere + ": No such file or directory");
+  EXPECT_EQ(error_of([&] { save_safetensors(folder, {}); }),
+            "save_safetensors: " + folder.string() + ": Is a directory");
+  EXPECT_EQ(error_of([&] { load_safetensors(folder); }),
+            "load_safetensors: " + folder.string() + ": Is a directory");
+  EXPECT_EQ(error_of([&] { save_safetensors("/dev/full", {}); }),
+            "save_safetensors: /dev/full: not a regular file");
+  EXPECT_EQ(files(), 0u);
+}
+
+TEST_F(Safetensors, AWriteThatFailsLeavesTheOldFile) {
+  save_safetensors(path, {{{"a", at::ones({3})}}, {}});
+  const std::string before = content();
+  rlimit old{};
+  getrlimit(RLIMIT_FSIZE, &old);
+  const rlimit small{1000, old.rlim_max};
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  setrlimit(RLIMIT_FSIZE, &small);
+  const std::string error = error_of([&] { save_safetensors(path, {{{"a", at::ones({1000})}}, {}}); });
+  setrlimit(RLIMIT_FSIZE, &old);
+  std::signal(SIGXFSZ, handler);
+  EXPECT_EQ(error, "save_safetensors: " + path + ": File too large");
+  EXPECT_EQ(content(), before);
+  EXPECT_EQ(files(), 1u);
+}
+
+TEST_F(Safetensors, DamagedFilesAreRefused) {
+  const auto begin = "load_safetensors: " + path + ": ";
+  write("");
+  EXPECT_EQ(refused(), begin + "must have 8 bytes for a length, has 0");
+  write(std::string(8, '\xff'));
+  EXPECT_EQ(refused(), begin + "the header must be within 0 bytes, got a length of 18446744073709551615");
+  write(R"({"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}})", "1");
+  EXPECT_EQ(refused(), begin + "tensor 'a' has the dtype 'F8_E4M3', which torchqat does not read");
+  write(R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,1]}})", "1");
+  EXPECT_EQ(refused(), begin + "tensor 'a' must have 2 bytes, Byte of shape [2], got data_offsets 0 to 1");
+  write(R"({"a":{"dtype":"U8","shape":[4611686018427387904,4],"data_offsets":[0,1]}})", "1");
+  EXPECT_EQ(refused(), begin + "the shape of tensor 'a' overflows: [4611686018427387904, 4]");
+  write(R"({"a":{"dtype":"BOOL","shape":[1],"data_offsets":[0,1]}})", "2");
+  EXPECT_EQ(refused(), begin + "tensor 'a' is BOOL and must have bytes 0 and 1 only");
+  write(R"({"a":})", "");
+  EXPECT_EQ(refused(), begin + "the header must have '{' at byte 5");
+}
+
+// Under the sanitizers this is what looks for reads out of bounds.
+TEST_F(Safetensors, RandomDamageLoadsOrIsRefused) {
+  save_safetensors(path,
+                   {{{"a\n", at::ones({2})}, {"b", at::zeros({3}, at::kBool)}, {"\u00fc", at::empty({0, 2})}},
+                    {{"key", "\U0001f600 value"}}});
+  const std::string whole = content();
+  const auto tries = [&](const std::string& bytes) {
+    write(bytes);
+    const std::string error = refused();
+    EXPECT_TRUE(error == "no error" || error.starts_with("load_safetensors: " + path + ": ")) << error;
+    return error == "no error";
+  };
+  EXPECT_TRUE(tries(whole));
+  for (size_t length = 0; length < whole.size(); ++length) EXPECT_FALSE(tries(whole.substr(0, length)));
+  std::mt19937 random(0);
+  const std::string signs = "{}[]\",:\\u0918eE-. \xff";
+  for (int repeat = 0; repeat < 5000; ++repeat) {
+    std::string bytes = whole;
+    for (unsigned edits = 1 + random() % 3; edits > 0; --edits) {
+      const size_t at = random() % bytes.size();
+      const char c = random() % 2 ? signs[random() % signs.size()] : static_cast<char>(random());
+      switch (random() % 3) {
+        case 0:
+          bytes[at] = c;
+          break;
+        case 1:
+          bytes.insert(at, 1, c);
+          break;
+        default:
+          bytes.erase(at, 1 + random() % 3);
+      }
+    }
+    tries(bytes);
+  }
+}
+
+}  // namespace

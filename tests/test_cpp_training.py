@@ -1,0 +1,82 @@
+"""A C++ program and Python train the same network to the same bits."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchqat
+from safetensors.torch import load_file, save_file
+from torchqat.distill import Distiller, FAQDLoss
+from torchqat.nn import FastFeatureAffinityLoss
+from torchqat.optim import BCGD, param_groups
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "examples"))
+import models  # noqa: E402
+
+STEPS, BATCH = 100, 16
+
+
+@pytest.fixture
+def train_steps():
+    """The program of the build in use; `make test` builds it."""
+    library = Path(torchqat.build_info()["library"])
+    for folder in (library.parent, ROOT / "build"):
+        if (program := folder / "tests/cpp/train_steps").exists():
+            return program
+    pytest.skip("tests/cpp/train_steps is not built beside the library that is in use")
+
+
+def images_with_classes(steps):
+    """Images of squares in places that tell their class: something to learn."""
+    torch.manual_seed(1)
+    labels = torch.randint(10, (steps, BATCH))
+    images = 0.5 * torch.randn(steps, BATCH, 1, 28, 28)
+    for (step, i), label in zip(torch.cartesian_prod(*map(torch.arange, labels.shape)), labels.flatten(), strict=True):
+        row, column = divmod(int(label), 5)
+        images[step, i, 0, 4 + 12 * row : 12 + 12 * row, 5 * column : 5 * column + 6] += 2
+    return images, labels
+
+
+def test_a_hundred_steps_in_cpp_are_those_in_python_bit_by_bit(train_steps, tmp_path):
+    torch.manual_seed(0)
+    images, labels = images_with_classes(STEPS)
+    teacher = models.lenet5(channels=1, size=28, classes=10)
+    student = torchqat.prepare(copy.deepcopy(teacher), act_bits=2)
+    torchqat.calibrate(student, [images[0]])
+    start = {f"{name}.{key}": value for name, net in (("teacher", teacher), ("student", student))
+             for key, value in net.state_dict().items()}  # fmt: skip
+    save_file({**copy.deepcopy(start), "images": images, "labels": labels}, tmp_path / "in.safetensors")
+    command = [train_steps, tmp_path / "in.safetensors", tmp_path / "out.safetensors"]
+    done = subprocess.run(command, env={}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    cpp = load_file(tmp_path / "out.safetensors")
+
+    losses, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        criterion = FAQDLoss(fa=FastFeatureAffinityLoss())
+        distiller = Distiller(student, teacher.eval(), {"6": "6"}, criterion)
+        optimizer = BCGD(param_groups(student, weight_bits=1), lr=0.05, momentum=0.9, weight_decay=1e-4)
+        for batch, target in zip(images, labels, strict=True):
+            loss = distiller(batch, target).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+    finally:
+        torch.set_num_threads(threads)
+    losses = torch.stack(losses)
+    assert losses[-5:].mean() < 0.8 * losses[:5].mean()  # it has learned something
+    assert torch.equal(cpp.pop("losses"), losses)
+    torchqat.save_checkpoint(tmp_path / "python.safetensors", student, optimizer)
+    python = load_file(tmp_path / "python.safetensors")
+    assert cpp.keys() == python.keys()
+    assert [name for name in python if not torch.equal(python[name], cpp[name])] == []
+    assert any(name.endswith(".latent") for name in python) and any(name.endswith(".alpha") for name in python)
+
+    # What C++ wrote, Python goes on with.
+    torchqat.load_checkpoint(tmp_path / "python.safetensors", student, optimizer)

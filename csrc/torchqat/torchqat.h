@@ -7,3 +7,4 @@
 #include "torchqat/ops/pack_codes.h"
 #include "torchqat/ops/quantize_weight.h"
 #include "torchqat/ops/staircase_relu.h"
+#include "torchqat/registration.h"

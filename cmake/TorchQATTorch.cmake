@@ -94,20 +94,6 @@ function(_torchqat_read_version)
   set(TORCHQAT_TORCH_CUDA "${cuda}" PARENT_SCOPE)
 endfunction()
 
-function(_torchqat_imported name)
-  set(file "${TORCHQAT_TORCH_DIR}/lib/lib${name}.so")
-  if(NOT EXISTS "${file}")
-    message(FATAL_ERROR "torchqat: ${file} is missing; is ${TORCHQAT_TORCH_DIR} a complete torch?")
-  endif()
-  add_library(torchqat_torch::${name} SHARED IMPORTED GLOBAL)
-  set_target_properties(torchqat_torch::${name} PROPERTIES
-    IMPORTED_LOCATION "${file}"
-    INTERFACE_SYSTEM_INCLUDE_DIRECTORIES
-      "${TORCHQAT_TORCH_DIR}/include;${TORCHQAT_TORCH_DIR}/include/torch/csrc/api/include")
-  set_property(TARGET torchqat_torch::${name} PROPERTY
-    INTERFACE_INCLUDE_DIRECTORIES "${TORCHQAT_TORCH_DIR}/include;${TORCHQAT_TORCH_DIR}/include/torch/csrc/api/include")
-endfunction()
-
 # A macro, so that what it finds is known to the caller.
 macro(torchqat_find_torch library_loads)
   if(NOT TORCHQAT_TORCH_DIR)
@@ -116,17 +102,40 @@ macro(torchqat_find_torch library_loads)
   _torchqat_read_version()
 endmacro()
 
+# Sets `out` to the file of a library of torch.
+function(_torchqat_library name out)
+  set(file "${TORCHQAT_TORCH_DIR}/lib/lib${name}.so")
+  if(NOT EXISTS "${file}")
+    message(FATAL_ERROR "torchqat: ${file} is missing; is ${TORCHQAT_TORCH_DIR} a complete torch?")
+  endif()
+  set(${out} "${file}" PARENT_SCOPE)
+endfunction()
+
+function(_torchqat_imported name)
+  _torchqat_library(${name} file)
+  add_library(torchqat_torch::${name} SHARED IMPORTED GLOBAL)
+  set(include "${TORCHQAT_TORCH_DIR}/include" "${TORCHQAT_TORCH_DIR}/include/torch/csrc/api/include")
+  set_target_properties(torchqat_torch::${name} PROPERTIES
+    IMPORTED_LOCATION "${file}"
+    INTERFACE_INCLUDE_DIRECTORIES "${include}"
+    INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "${include}")
+endfunction()
+
 function(torchqat_add_torch_targets)
-  if(NOT TARGET torchqat_torch::torch)
-    _torchqat_imported(c10)
-    _torchqat_imported(torch_cpu)
-    _torchqat_imported(torch)
-    set_property(TARGET torchqat_torch::torch PROPERTY
-      INTERFACE_LINK_LIBRARIES torchqat_torch::torch_cpu torchqat_torch::c10)
-    if(TORCHQAT_TORCH_CUDA AND EXISTS "${TORCHQAT_TORCH_DIR}/lib/libtorch_cuda.so")
-      _torchqat_imported(c10_cuda)
-      _torchqat_imported(torch_cuda)
-      set_property(TARGET torchqat_torch::torch_cuda PROPERTY INTERFACE_LINK_LIBRARIES torchqat_torch::c10_cuda)
-    endif()
+  if(TARGET torchqat_torch::torch)
+    return()
+  endif()
+  _torchqat_imported(c10)
+  _torchqat_imported(torch_cpu)
+  # libtorch.so has no function that is called, but brings torch's CUDA half: a linker that drops unused libraries
+  # (--as-needed, a default of some systems) must keep it.
+  _torchqat_library(torch libtorch)
+  add_library(torchqat_torch::torch INTERFACE IMPORTED GLOBAL)
+  set_property(TARGET torchqat_torch::torch PROPERTY INTERFACE_LINK_LIBRARIES
+    "-Wl,--push-state,--no-as-needed,\"${libtorch}\",--pop-state" torchqat_torch::torch_cpu torchqat_torch::c10)
+  if(TORCHQAT_TORCH_CUDA AND EXISTS "${TORCHQAT_TORCH_DIR}/lib/libtorch_cuda.so")
+    _torchqat_imported(c10_cuda)
+    _torchqat_imported(torch_cuda)
+    set_property(TARGET torchqat_torch::torch_cuda PROPERTY INTERFACE_LINK_LIBRARIES torchqat_torch::c10_cuda)
   endif()
 endfunction()

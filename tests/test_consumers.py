@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchqat
+import torchqat.__main__
 
 ROOT = Path(__file__).parents[1]
 TORCH = Path(torch.__file__).parent
@@ -54,9 +55,9 @@ def prefix(build_folder, folder):
 
 @pytest.fixture(scope="module")
 def site(build_folder, folder):
-    """A folder of Python packages: torch, and torchqat from a wheel. The wheel is built as pip does it, from the objects
-    that are there, in a copy of the build folder, so that nothing is compiled again."""
-    pytest.importorskip("setuptools")
+    """A folder of Python packages: torch, and torchqat from a wheel, which pip builds in a copy of the build
+    folder, so that the objects that are there need not be compiled again."""
+    pytest.importorskip("setuptools", minversion="77.0.3")
     objects = folder / "objects"
     shutil.copytree(
         build_folder, objects, ignore=shutil.ignore_patterns("CMakeCache.txt", "tests", "googletest*")
@@ -76,26 +77,26 @@ def site(build_folder, folder):
     )
     (wheel,) = (folder / "wheel").glob("torchqat-*.whl")
     run(*pip, "install", "--no-deps", "--target", folder / "site", wheel)
-    (folder / "site/torch").symlink_to(TORCH)
+    for name in ("torch", "nvidia"):
+        (folder / "site" / name).symlink_to(TORCH.parent / name)
     return folder / "site"
 
 
 @pytest.fixture(scope="module")
 def libtorch(folder):
-    """LibTorch for the CPU as its zip has it: this torch without its CUDA half and without anything of Python."""
+    """LibTorch for the CPU as its zip has it: this torch without its CUDA half and without Python."""
     (folder / "libtorch/lib").mkdir(parents=True)
     for part in ("include", "share"):
         (folder / "libtorch" / part).symlink_to(TORCH / part)
     for file in (TORCH / "lib").iterdir():
         if "cuda" not in file.name and "python" not in file.name and file.name != "libtorch.so":
             (folder / "libtorch/lib" / file.name).symlink_to(file)
-    (folder / "nvidia").symlink_to(
-        TORCH.parent / "nvidia"
-    )  # libtorch_cpu.so of a CUDA build asks for its profiler
-    library = (
-        folder / "libtorch/lib/libtorch.so"
-    )  # it only stands for the others; the one of a CUDA build asks for CUDA's
-    run(CXX, "-shared", "-o", library, "-Wl,--no-as-needed", f"-L{library.parent}", "-ltorch_cpu", "-lc10")
+    # libtorch_cpu.so of a CUDA build asks for its profiler.
+    (folder / "nvidia").symlink_to(TORCH.parent / "nvidia")
+    # libtorch.so only stands for the others; the one of a CUDA build asks for CUDA's.
+    library = folder / "libtorch/lib/libtorch.so"
+    links = [f"-L{library.parent}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]
+    run(CXX, "-shared", "-Wl,-soname,libtorch.so", "-o", library, *links)
     (folder / "libtorch/build-version").write_text(f"{MINOR}.0+cpu\n")
     return folder / "libtorch"
 
@@ -147,11 +148,12 @@ def test_a_program_uses_an_installed_wheel(site, folder):
     assert output_of(folder / "of-wheel") == NUMBERS
 
 
-def test_a_wheel_keeps_no_path_of_the_machine_that_built_it(site, build_folder):
-    for file in (site / "torchqat").rglob("*"):
-        if file.is_file():
-            text = file.read_bytes()
-            assert str(TORCH).encode() not in text and str(build_folder).encode() not in text, file
+@pytest.mark.slow
+def test_a_wheel_looks_for_libraries_beside_it_only(site):
+    folders = re.findall(r"runpath: \[(.*?)\]", run("readelf", "-d", site / "torchqat/lib/libtorchqat.so"))
+    assert all(name.startswith("$ORIGIN/../../") for name in folders[0].split(":"))
+    for file in (site / "torchqat/lib/cmake").rglob("*.cmake"):
+        assert str(TORCH.parent) not in file.read_text(), file
 
 
 @pytest.mark.slow
@@ -175,7 +177,8 @@ def test_a_program_uses_libtorch(libtorch, prefix, folder):
     else:
         assert output_of(folder / "of-libtorch") == NUMBERS
         linked = run("ldd", folder / "of-libtorch/consumer")
-        assert f"{libtorch}/lib/libtorch_cpu.so" in linked and f"{TORCH}/lib" not in linked
+        of_torch = re.findall(r"lib(?:torch|c10)(?:_\w+)?\.so => (\S+)", linked)
+        assert sorted(of_torch) == [f"{libtorch}/lib/lib{name}.so" for name in ("c10", "torch", "torch_cpu")]
 
 
 # -------------------------------------------------------------------------------------- which torch is found
@@ -197,24 +200,36 @@ def test_another_torch_is_named(build_folder, tmp_path):
     output = configure(
         tmp_path / "build", f"-DTorchQAT_DIR={build_folder}", f"-DTORCHQAT_TORCH_DIR={other}", fails=True
     )
+    built = torchqat.build_info()["torch"]
     assert (
-        f"This TorchQAT was built against torch {torchqat.build_info()['torch']}, but the torch in {other} is 1.0.0. "
+        f"This TorchQAT was built against torch {built}, but the torch in {other} is 1.0.0. "
         "Rebuild TorchQAT against it, or name another torch with -DTORCHQAT_TORCH_DIR=<folder>."
     ) in output
 
 
+FIND = f"""
+cmake_minimum_required(VERSION 3.25)
+include("{ROOT}/cmake/TorchQATTorch.cmake")
+torchqat_find_torch("${{LOADS}}")
+foreach(name DIR VERSION MINOR CUDA)
+  message("<${{TORCHQAT_TORCH_${{name}}}}>")
+endforeach()
+"""
+
+
 @pytest.fixture
 def found(tmp_path):
-    """What TorchQATTorch.cmake says of torch, for options and for the folder that the library would load it from."""
+    """Folder, version, minor version and CUDA of the torch that is found, for options; LOADS is the folder
+    that the library would load it from."""
     script = tmp_path / "find.cmake"
-    script.write_text(
-        "cmake_minimum_required(VERSION 3.25)\n"
-        f'include("{ROOT}/cmake/TorchQATTorch.cmake")\ntorchqat_find_torch("${{LOADS}}")\n'
-        'message("${TORCHQAT_TORCH_DIR} ${TORCHQAT_TORCH_VERSION} ${TORCHQAT_TORCH_MINOR} <${TORCHQAT_TORCH_CUDA}>")\n'
-    )
-    return lambda *options, **kwargs: run(
-        CMAKE, *[f"-D{option}" for option in options], "-P", script, **kwargs
-    )
+    script.write_text(FIND)
+
+    def find(*options, CMAKE_PREFIX_PATH="", **kwargs):
+        options = [f"-D{option}" for option in options]
+        output = run(CMAKE, *options, "-P", script, CMAKE_PREFIX_PATH=CMAKE_PREFIX_PATH, **kwargs)
+        return output if kwargs.get("fails") else re.findall("<(.*?)>", output)
+
+    return find
 
 
 def python_with(path, folder):
@@ -225,24 +240,27 @@ def python_with(path, folder):
 
 
 def test_torch_is_looked_for_from_the_named_to_the_guessed(found, tmp_path):
-    named, loads, prefixed, package = (a_torch(tmp_path / name) for name in ("a", "b", "c", "d"))
-    python = python_with(tmp_path / "python", package)
-    by_python, by_prefix = f"Python_EXECUTABLE={python}", f"CMAKE_PREFIX_PATH=/usr;{prefixed}"
-    assert found(f"TORCHQAT_TORCH_DIR={named}", by_python, by_prefix, f"LOADS={loads}").startswith(
-        f"{named} "
-    )
-    assert found(by_python, by_prefix, f"LOADS={loads}").startswith(f"{package} ")
-    assert found(by_prefix, f"LOADS={loads}").startswith(f"{prefixed} ")
-    assert found(f"CMAKE_PREFIX_PATH={prefixed}/share/cmake").startswith(f"{prefixed} ")
-    assert found(f"Torch_DIR={prefixed}/share/cmake/Torch").startswith(f"{prefixed} ")
-    assert found(CMAKE_PREFIX_PATH=f"/usr:{prefixed}").startswith(f"{prefixed} ")
-    assert found(f"LOADS={loads}").startswith(f"{loads} ")
-    assert found(f"LOADS={tmp_path}/nothing", VIRTUAL_ENV=sys.prefix).startswith(f"{TORCH} ")
+    named, loads, prefixed, package = (str(a_torch(tmp_path / name)) for name in ("a", "b", "c", "d"))
+    by_name, by_library = f"TORCHQAT_TORCH_DIR={named}", f"LOADS={loads}"
+    by_python = f"Python_EXECUTABLE={python_with(tmp_path / 'python', package)}"
+    by_prefix = f"CMAKE_PREFIX_PATH=/usr;{prefixed}"
+    assert found(by_name, by_python, by_prefix, by_library)[0] == named
+    assert found(by_python, by_prefix, by_library)[0] == package
+    assert found(by_prefix, by_library)[0] == prefixed
+    assert found(by_library)[0] == loads
+    assert found(f"LOADS={tmp_path}/nothing", VIRTUAL_ENV=sys.prefix)[0] == str(TORCH)
+
+
+def test_a_prefix_names_torch_as_python_prints_it_and_as_find_package_keeps_it(found, tmp_path):
+    torch_folder = str(a_torch(tmp_path / "torch"))
+    assert found(f"CMAKE_PREFIX_PATH={torch_folder}/share/cmake")[0] == torch_folder
+    assert found(f"Torch_DIR={torch_folder}/share/cmake/Torch")[0] == torch_folder
+    assert found(CMAKE_PREFIX_PATH=f"/usr:{torch_folder}")[0] == torch_folder
 
 
 def test_a_python_without_torch_is_passed_over(found, tmp_path):
     python, loads = python_with(tmp_path / "python", ""), a_torch(tmp_path / "torch")
-    assert found(f"Python_EXECUTABLE={python}", f"LOADS={loads}").startswith(f"{loads} ")
+    assert found(f"Python_EXECUTABLE={python}", f"LOADS={loads}")[0] == str(loads)
 
 
 def test_no_torch_is_one_sentence_with_every_way_to_name_it(found):
@@ -255,66 +273,74 @@ def test_no_torch_is_one_sentence_with_every_way_to_name_it(found):
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "version"),
+    ("file", "text", "version", "cuda"),
     [
         (
             "version.py",
             "__version__ = '2.15.0+cu132'\ncuda: Optional[str] = '13.2'\n",
-            "2.15.0+cu132 2.15 <13.2>",
+            "2.15.0+cu132",
+            "13.2",
         ),
-        ("version.py", "__version__ = '2.15.0'\ncuda: Optional[str] = None\n", "2.15.0 2.15 <>"),
-        ("build-version", "2.15.0+cu128\n", "2.15.0+cu128 2.15 <12.8>"),
-        ("build-version", "2.15.0+cpu\n", "2.15.0+cpu 2.15 <>"),
-        ("nothing", "", "2.15.1 2.15 <>"),
+        ("version.py", "__version__ = '2.15.0'\ncuda: Optional[str] = None\n", "2.15.0", ""),
+        ("build-version", "2.15.0+cu128\n", "2.15.0+cu128", "12.8"),
+        ("build-version", "2.15.0+cpu\n", "2.15.0+cpu", ""),
+        ("nothing", "", "2.15.1", ""),
     ],
 )
-def test_the_version_of_torch_is_read(found, tmp_path, file, text, version):
+def test_the_version_of_torch_is_read(found, tmp_path, file, text, version, cuda):
     folder = a_torch(tmp_path / "torch", "2.15.1")
     (folder / file).write_text(text)
-    assert found(f"TORCHQAT_TORCH_DIR={folder}") == f"{folder} {version}"
+    assert found(f"TORCHQAT_TORCH_DIR={folder}")[1:] == [version, "2.15", cuda]
 
 
-def test_this_torch_is_read(found):
-    assert (
-        found(f"TORCHQAT_TORCH_DIR={TORCH}")
-        == f"{TORCH} {torch.__version__} {MINOR} <{torch.version.cuda or ''}>"
-    )
+def test_the_version_of_this_torch_is_read(found):
+    version = [str(torch.__version__), MINOR, torch.version.cuda or ""]
+    assert found(f"TORCHQAT_TORCH_DIR={TORCH}") == [str(TORCH), *version]
 
 
-# -------------------------------------------------------------------------------------- python -m torchqat
+# --------------------------------------------------------------------------------------- python -m torchqat
 
 
-def test_the_prefix_path_is_printed_and_an_attribute():
-    library = Path(torchqat.build_info()["library"])
-    printed = run(sys.executable, "-m", "torchqat", "--cmake-prefix-path", PYTHONPATH=str(ROOT / "python"))
-    assert printed == torchqat.cmake_prefix_path
-    ours, theirs = printed.split(";")
-    assert theirs == torch.utils.cmake_prefix_path
-    assert [
-        *Path(ours).glob("TorchQATConfig.cmake"),
-        *Path(ours).glob("lib/cmake/TorchQAT/TorchQATConfig.cmake"),
-    ]
-    assert library.is_relative_to(ours)
+def test_the_prefix_path_is_that_of_the_library(prefix):
+    """From the command; it is the attribute too, and both follow TORCHQAT_LIBRARY."""
+    environment = {"TORCHQAT_LIBRARY": str(prefix / "lib/libtorchqat.so"), "PYTHONPATH": str(ROOT / "python")}
+    printed = run(sys.executable, "-m", "torchqat", "--cmake-prefix-path", **environment)
+    assert printed == f"{prefix};{torch.utils.cmake_prefix_path}"
+    ours, theirs = (Path(path) for path in torchqat.cmake_prefix_path.split(";"))
+    assert theirs == Path(torch.utils.cmake_prefix_path)
+    assert any((ours / place / "TorchQATConfig.cmake").exists() for place in (".", "lib/cmake/TorchQAT"))
 
 
-def test_a_library_elsewhere_has_a_prefix_of_its_own(prefix):
-    library = prefix / "lib/libtorchqat.so"
-    printed = run(sys.executable, "-m", "torchqat", "--cmake-prefix-path", TORCHQAT_LIBRARY=str(library))
-    assert printed.split(";")[0] == str(prefix)
+@pytest.fixture
+def ask(monkeypatch, capsys):
+    """Exit code and output of `python -m torchqat`, in this process."""
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["torchqat", *arguments])
+        try:
+            code = torchqat.__main__.main() or 0
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return main
 
 
-def test_the_version_is_printed():
-    assert run(sys.executable, "-m", "torchqat", "--version") == torchqat.__version__
+def test_the_version_is_printed(ask):
+    assert ask("--version") == (0, f"{torchqat.__version__}\n", "")
+
+
+def test_help_says_what_can_be_asked(ask):
+    assert "--cmake-prefix-path" in ask("--help")[1]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--prefix"], ["--version", "--cmake-prefix-path"]])
-def test_other_questions_are_answered_by_the_usage(arguments):
-    result = subprocess.run([sys.executable, "-m", "torchqat", *arguments], capture_output=True, text=True)
-    assert result.returncode == 2 and not result.stdout
-    assert result.stderr.startswith("usage: python -m torchqat ")
+def test_other_questions_are_answered_by_the_usage(ask, arguments):
+    code, output, error = ask(*arguments)
+    assert (code, output) == (2, "") and error.startswith("usage: python -m torchqat ")
 
 
-# ------------------------------------------------------------------------------------ the library, the headers
+# ----------------------------------------------------------------------------------- the library, the headers
 
 
 def test_the_library_has_no_python_in_it():

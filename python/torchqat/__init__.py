@@ -13,8 +13,8 @@ from torchqat.prepare import prepare  # noqa: E402
 
 __version__: str = _BUILD["torchqat"]
 
-#: What to give CMake as CMAKE_PREFIX_PATH, for find_package(TorchQAT) in a C++ project: a list, separated by semicolons,
-#: of the folder with the library's CMake package and of torch's. ``python -m torchqat --cmake-prefix-path`` prints it.
+#: What to give CMake as CMAKE_PREFIX_PATH, for find_package(TorchQAT) in a C++ project: a list, separated by
+#: a semicolon, of where torchqat and torch are. ``python -m torchqat --cmake-prefix-path`` prints it.
 cmake_prefix_path: str = _library.cmake_prefix_path(_BUILD)
 
 

@@ -13,7 +13,7 @@ def main() -> None:
         action="store_const",
         const=torchqat.cmake_prefix_path,
         dest="answer",
-        help="print what CMAKE_PREFIX_PATH needs for find_package(TorchQAT): the folders of torchqat and of torch",
+        help="print the CMAKE_PREFIX_PATH for find_package(TorchQAT): where torchqat and torch are",
     )
     questions.add_argument(
         "--version",

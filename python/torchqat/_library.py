@@ -57,7 +57,7 @@ def _mark_compile_caches(library: Path) -> None:
 
 
 def cmake_prefix_path(facts: dict[str, Any]) -> str:
-    """Where CMake finds the library and its torch: the folder of a build, or the prefix of an installation."""
+    """Where CMake finds the library (a build folder, or the prefix of an installation) and its torch."""
     folder = Path(facts["library"]).parent
     built_here = (folder / "TorchQATConfig.cmake").is_file()
     return f"{folder if built_here else folder.parent};{torch.utils.cmake_prefix_path}"

@@ -1,5 +1,4 @@
-// Operators that are called through the dispatcher only: prints how many straight-through estimators there
-// are.
+// Calls operators through the dispatcher only: prints how many straight-through estimators there are.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torchqat/torchqat.h>
 

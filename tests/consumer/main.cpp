@@ -1,4 +1,4 @@
-// An operator with its gradient, and a module: prints 2 3 and a loss of 0.
+// An operator, its gradient, and a module: prints the sum of y, the gradient of alpha, and a loss of 0.
 #include <torchqat/torchqat.h>
 
 #include <iostream>

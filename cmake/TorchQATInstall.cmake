@@ -1,5 +1,5 @@
-# The installation: library, its build facts, headers and CMake package. The Python package
-# takes the same installation, with its own folder as the prefix.
+# The installation: library, its build facts, headers and CMake package. The Python package takes the same installation,
+# with its own folder as the prefix.
 include(CMakePackageConfigHelpers)
 
 # From <site-packages>/torchqat/lib to torch's libraries and to the CUDA libraries that come as wheels. A wheel keeps
@@ -15,18 +15,50 @@ if(TORCHQAT_ABSOLUTE_RPATH)
 endif()
 set_target_properties(torchqat PROPERTIES INSTALL_RPATH "${rpath}")
 
+# ------------------------------------------------------------------------------------------------- the headers
+# A header is public, and installed, unless it is named here. Public ones include no private ones; a test compiles each
+# of them by itself from an installation.
+set(TORCHQAT_PRIVATE_HEADERS
+  cpu
+  ops/affinity_products.h
+  ops/autograd_node.h
+  ops/dtypes.h
+  ops/feature_affinity_device.h
+  ops/layer_node.h
+  ops/layers.h
+  ops/layout.h
+  ops/not_differentiable.h
+  ops/recipe.h
+  ops/ste.h
+  ops/step_size.h
+  optim/latents.h
+  safetensors_header.h
+)
+set(exclude "")
+foreach(header IN LISTS TORCHQAT_PRIVATE_HEADERS)
+  list(APPEND exclude PATTERN "torchqat/${header}" EXCLUDE)
+endforeach()
+install(DIRECTORY csrc/torchqat DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHING PATTERN "*.h" ${exclude})
+
+# ------------------------------------------------------------------------------------- library and CMake package
+# TorchQATConfig.cmake, for the build folder and for an installation. They differ in where the torch lies that the
+# library loads by its rpath: from a wheel's lib/cmake/TorchQAT it is found as a neighbour of the Python package.
 set(TORCHQAT_PACKAGE_DIR "${CMAKE_INSTALL_LIBDIR}/cmake/TorchQAT")
+set(TORCHQAT_LIBRARY_LOADS "${TORCHQAT_TORCH_DIR}")
+configure_file(cmake/TorchQATConfig.cmake.in TorchQATConfig.cmake @ONLY)
+if(NOT TORCHQAT_ABSOLUTE_RPATH)
+  set(TORCHQAT_LIBRARY_LOADS "\${CMAKE_CURRENT_LIST_DIR}/../../../../torch")
+endif()
+configure_file(cmake/TorchQATConfig.cmake.in installed/TorchQATConfig.cmake @ONLY)
+write_basic_package_version_file(TorchQATConfigVersion.cmake COMPATIBILITY SameMinorVersion)
+configure_file(cmake/TorchQATTorch.cmake TorchQATTorch.cmake COPYONLY)
+
 install(TARGETS torchqat EXPORT TorchQATTargets LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
 install(FILES ${PROJECT_BINARY_DIR}/libtorchqat.json DESTINATION ${CMAKE_INSTALL_LIBDIR})
-install(DIRECTORY csrc/torchqat DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHING
-  PATTERN "*.h" PATTERN "cpu" EXCLUDE)
 install(EXPORT TorchQATTargets NAMESPACE TorchQAT:: DESTINATION ${TORCHQAT_PACKAGE_DIR})
-
-configure_package_config_file(cmake/TorchQATConfig.cmake.in TorchQATConfig.cmake
-  INSTALL_DESTINATION ${TORCHQAT_PACKAGE_DIR})
-write_basic_package_version_file(TorchQATConfigVersion.cmake COMPATIBILITY SameMinorVersion)
 install(FILES
-  ${PROJECT_BINARY_DIR}/TorchQATConfig.cmake
+  ${PROJECT_BINARY_DIR}/installed/TorchQATConfig.cmake
   ${PROJECT_BINARY_DIR}/TorchQATConfigVersion.cmake
   cmake/TorchQATTorch.cmake
   DESTINATION ${TORCHQAT_PACKAGE_DIR})
+export(EXPORT TorchQATTargets NAMESPACE TorchQAT:: FILE TorchQATTargets.cmake)

@@ -58,7 +58,8 @@ install_packages() {
 build() {
   step "configure" cmake -S . -B build -G Ninja -DPython_EXECUTABLE="$PWD/.venv/bin/python" \
     -DTORCHQAT_CUDA="${TORCHQAT_CUDA:-auto}" -DTORCHQAT_CUDA_ARCHITECTURES="${TORCHQAT_CUDA_ARCHITECTURES:-80-real;90}" \
-    -DCMAKE_INSTALL_LIBDIR=lib "$@" || fail "CMake could not configure the build (its message is above)."
+    -DCMAKE_INSTALL_LIBDIR=lib -DTORCHQAT_ABSOLUTE_RPATH=ON "$@" ||
+    fail "CMake could not configure the build (its message is above)."
   step "compile" cmake --build build --parallel "${TORCHQAT_JOBS:-$(nproc)}" ||
     fail "the build failed (the compiler's message is above)."
   step "install into python/torchqat" quietly cmake --install build --prefix python/torchqat

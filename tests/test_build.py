@@ -290,58 +290,7 @@ def test_cuda_must_be_auto_on_or_off(cmake):
 def test_a_folder_that_is_not_torch_is_named(cmake, tmp_path):
     code, output = cmake(f"-DTORCHQAT_TORCH_DIR={tmp_path}")
     assert code != 0
-    assert f"TORCHQAT_TORCH_DIR={tmp_path} is not the folder of a torch package" in output
-
-
-CONSUMER = """
-cmake_minimum_required(VERSION 3.25)
-project(consumer LANGUAGES CXX)
-find_package(TorchQAT REQUIRED)
-add_executable(consumer consumer.cpp)
-target_link_libraries(consumer PRIVATE TorchQAT::torchqat)
-"""
-PROGRAM = """
-#include <torchqat/ops/staircase_relu.h>
-#include <concepts>
-#include <iostream>
-int main() {
-  const auto y = torchqat::staircase_relu(at::tensor({-1.0f, 0.2f, 9.0f}), at::tensor(0.5f), 2);
-  std::cout << y.sum().item<float>() << "\\n";
-}
-"""
-
-
-@pytest.fixture
-def consumer(tmp_path):
-    """A C++ project that uses the package, where the library is the one in the package."""
-    if "TORCHQAT_LIBRARY" in os.environ:
-        pytest.skip("the library comes from TORCHQAT_LIBRARY, not from the package")
-    (tmp_path / "CMakeLists.txt").write_text(CONSUMER)
-    (tmp_path / "consumer.cpp").write_text(PROGRAM)
-    return tmp_path
-
-
-@pytest.mark.slow
-def test_a_cpp_program_finds_and_uses_the_library(cmake, consumer):
-    code, output = cmake(f"-DCMAKE_PREFIX_PATH={torchqat.cmake_prefix_path}", source=consumer)
-    assert code == 0, output
-    subprocess.run(["make", "-C", consumer / "build"], check=True, capture_output=True)
-    result = subprocess.run([consumer / "build/consumer"], check=True, capture_output=True, text=True)
-    assert result.stdout == "2\n"
-
-
-def test_a_cpp_program_is_told_of_another_torch(cmake, consumer):
-    (consumer / "torch/lib").mkdir(parents=True)
-    (consumer / "torch/version.py").write_text("__version__ = '1.0.0'\ncuda: Optional[str] = None\n")
-    for name in ("c10", "torch_cpu", "torch"):
-        (consumer / f"torch/lib/lib{name}.so").touch()
-    code, output = cmake(
-        f"-DCMAKE_PREFIX_PATH={torchqat.cmake_prefix_path}",
-        f"-DTORCHQAT_TORCH_DIR={consumer}/torch",
-        source=consumer,
-    )
-    assert code != 0
-    assert f"but the torch in {consumer}/torch is 1.0.0. Rebuild TorchQAT against it" in output
+    assert f"{tmp_path} is not the folder of a torch: a Python package's" in output
 
 
 PTXAS = """ptxas info    : Compiling entry function '_ZN8torchqat4cuda6kernelIfEEvPT_' for 'sm_90'

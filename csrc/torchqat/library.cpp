@@ -3,6 +3,9 @@
 #include "torchqat/ops/feature_affinity_loss.h"
 #include "torchqat/ops/staircase_relu.h"
 #include "torchqat/ops/step_size.h"
+#include "torchqat/registration.h"
+
+bool torchqat::detail::operators_are_registered() { return true; }
 
 // Every operator of torchqat, in the order of the documentation. Names that begin with _ are private:
 // the differentiable halves that autograd composes.

@@ -15,4 +15,5 @@
 #include "torchqat/ops/staircase_relu.h"
 #include "torchqat/optim/bcgd.h"
 #include "torchqat/optim/param_groups.h"
+#include "torchqat/registration.h"
 #include "torchqat/safetensors.h"

@@ -1,6 +1,5 @@
 """Quantization-aware training with very few bits: operators, modules and an optimizer for PyTorch."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from torchqat.prepare import prepare  # noqa: E402
 
 __version__: str = _BUILD["torchqat"]
 
-#: The folder to give CMake as CMAKE_PREFIX_PATH, for find_package(TorchQAT) in a C++ project.
-cmake_prefix_path = str(Path(__file__).parent)
+#: What to give CMake as CMAKE_PREFIX_PATH, for find_package(TorchQAT) in a C++ project: a list, separated by
+#: a semicolon, of where torchqat and torch are. ``python -m torchqat --cmake-prefix-path`` prints it.
+cmake_prefix_path: str = _library.cmake_prefix_path(_BUILD)
 
 
 def build_info() -> dict[str, Any]:

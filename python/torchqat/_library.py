@@ -56,6 +56,13 @@ def _mark_compile_caches(library: Path) -> None:
     config.cache_key_tag = f"{config.cache_key_tag} torchqat {library.stat().st_mtime_ns}".lstrip()
 
 
+def cmake_prefix_path(facts: dict[str, Any]) -> str:
+    """Where CMake finds the library (a build folder, or the prefix of an installation) and its torch."""
+    folder = Path(facts["library"]).parent
+    built_here = (folder / "TorchQATConfig.cmake").is_file()
+    return f"{folder if built_here else folder.parent};{torch.utils.cmake_prefix_path}"
+
+
 def load() -> dict[str, Any]:
     """Loads the library and returns its build facts."""
     library = _find()

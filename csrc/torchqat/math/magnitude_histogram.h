@@ -68,7 +68,8 @@ class MagnitudeHistogram {
 
  private:
   // Offsets have up to 20 bits for float and 52 for double: the sum of the latter needs more than 64.
-  using Offsets = std::conditional_t<sizeof(T) == 4, uint64_t, unsigned __int128>;
+  __extension__ typedef unsigned __int128 Wide;  // not in ISO C++, and without a warning by -Wpedantic
+  using Offsets = std::conditional_t<sizeof(T) == 4, uint64_t, Wide>;
   struct Bin {
     int64_t count = 0;
     Offsets offsets = 0;

@@ -11,7 +11,7 @@ import torchqat.functional as F
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = F.__all__
-CPP_LITERALS = {"std::nullopt": None, "true": True, "false": False}
+CPP_LITERALS = {"std::nullopt": None, "nullptr": None, "{}": (), "true": True, "false": False}
 
 
 def literal(text):
@@ -45,26 +45,51 @@ def test_cpp_mirrors_python(name):
     assert cpp_functions()[name] == python_arguments(name)
 
 
+def cpp_options():
+    """name -> [(option, default)] of every struct of options; what has no default is for the constructor."""
+    headers = "\n".join(path.read_text() for path in sorted((ROOT / "csrc/torchqat").glob("*/*.h")))
+    structs = {}
+    for name, body in re.findall(r"struct TORCHQAT_API (\w+)Options[^;{]*{(.*?)\n};", headers, re.DOTALL):
+        options = re.findall(r"TORCH_ARG\(.*, (\w+)\)(?: = ([^;]*))?;", body)
+        assert len(options) == body.count("TORCH_ARG") > 0
+        structs[name] = [(o, literal(default) if default else inspect.Parameter.empty) for o, default in options]
+    return structs
+
+
 def cpp_modules():
-    """name -> [(option, default)] of every module of torchqat::nn."""
-    header = "\n".join(path.read_text() for path in sorted((ROOT / "csrc/torchqat/nn").glob("*.h")))
-    modules = {}
-    for name, body in re.findall(r"struct TORCHQAT_API (\w+)Options {(.*?)\n};", header, re.DOTALL):
-        options = re.findall(r"TORCH_ARG\(.*, (\w+)\) = ([^;]*);", body)
-        assert len(options) == body.count("TORCH_ARG") > 0 and f"TORCH_MODULE({name});" in header
-        modules[name] = [(option, literal(default)) for option, default in options]
-    return modules
+    headers = [path.read_text() for path in sorted((ROOT / "csrc/torchqat/nn").glob("*.h"))]
+    return re.findall(r"^TORCH_MODULE\((\w+)\);", "\n".join(headers), re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", cpp_modules())
-def test_cpp_modules_mirror_python(name):
-    parameters = inspect.signature(getattr(torchqat.nn, name)).parameters.values()
-    assert cpp_modules()[name] == [(p.name, p.default) for p in parameters]
+#: What Python calls these options' owner.
+OWNERS = {
+    **{name: getattr(torchqat.nn, name) for name in cpp_modules() if name in cpp_options()},
+    "BCGD": torchqat.optim.BCGD,
+    "ParamGroups": torchqat.optim.param_groups,
+    "FAQDLoss": torchqat.distill.FAQDLoss,
+}
+#: What a C++ group has as options, and Python as keys.
+OF_GROUPS = ["quant_bits", "channel_dim", "method", "min_value", "name"]
+#: What Python takes by position and C++ as arguments of their own.
+NO_OPTIONS = ["params", "model", "weight_bits"]
 
 
-def test_the_losses_are_modules_in_cpp():
-    python_only = {name for name in torchqat.nn.__all__ if name.startswith("Quant")} | {"StaircaseReLU"}
-    assert set(cpp_modules()) == set(torchqat.nn.__all__) - python_only
+def test_every_struct_of_options_is_compared():
+    assert OWNERS.keys() == cpp_options().keys()
+
+
+@pytest.mark.parametrize("name", OWNERS)
+def test_cpp_options_mirror_python(name):
+    parameters = inspect.signature(OWNERS[name]).parameters.values()
+    wanted = [(p.name, p.default) for p in parameters if p.name not in NO_OPTIONS]
+    options = [(option, default) for option, default in cpp_options()[name] if option not in OF_GROUPS]
+    if name == "ParamGroups":  # where these are options in Python too
+        options = cpp_options()[name]
+    assert options == wanted
+
+
+def test_every_module_is_there_in_cpp():
+    assert set(cpp_modules()) == set(torchqat.nn.__all__)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

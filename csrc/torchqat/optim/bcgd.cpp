@@ -6,6 +6,7 @@
 #include <cmath>
 #include <map>
 #include <memory>
+#include <set>
 #include <sstream>
 
 #include "torchqat/ops/bcgd_step.h"
@@ -172,6 +173,14 @@ void BCGD::add_param_group(const OptimizerParamGroup& group) {
   const auto options =
       group.has_options() ? options_of(group) : static_cast<const BCGDOptions&>(this->defaults());
   check_group(options, group.params());
+  std::set<const void*> known;
+  for (const auto& other : param_groups_) {
+    for (const auto& p : other.params()) known.insert(p.unsafeGetTensorImpl());
+  }
+  for (const auto& p : group.params()) {
+    TORCH_CHECK_VALUE(known.insert(p.unsafeGetTensorImpl()).second,
+                      "BCGD: a parameter must be in one group, once; one of shape ", p.sizes(), " is there twice");
+  }
   Optimizer::add_param_group(group);
   auto& added = param_groups_.back();
   // torch 2.13 and newer drop options of classes that they do not know.

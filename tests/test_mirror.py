@@ -52,7 +52,9 @@ def cpp_options():
     for name, body in re.findall(r"struct TORCHQAT_API (\w+)Options[^;{]*{(.*?)\n};", headers, re.DOTALL):
         options = re.findall(r"TORCH_ARG\(.*, (\w+)\)(?: = ([^;]*))?;", body)
         assert len(options) == body.count("TORCH_ARG") > 0
-        structs[name] = [(o, literal(default) if default else inspect.Parameter.empty) for o, default in options]
+        structs[name] = [
+            (o, literal(default) if default else inspect.Parameter.empty) for o, default in options
+        ]
     return structs
 
 

@@ -1,7 +1,8 @@
-// Takes the training steps that tests/test_cpp_training.py takes in Python, for it to compare them bit by bit:
+// Takes the training steps that tests/test_cpp_training.py takes in Python, for it to compare them bit by
+// bit:
 //   train_steps IN.safetensors OUT.safetensors
-// IN has images (steps, batch, 1, 28, 28), labels (steps, batch), and the states of both networks under `teacher.` and
-// `student.`; OUT gets the loss of each step and a checkpoint of the student.
+// IN has images (steps, batch, 1, 28, 28), labels (steps, batch), and the states of both networks under
+// `teacher.` and `student.`; OUT gets the loss of each step and a checkpoint of the student.
 #include <torch/utils.h>
 
 #include <iostream>
@@ -29,12 +30,13 @@ int main(int argc, char** argv) try {
   torchqat::restore_checkpoint(part(in, "teacher."), *teacher);
   torchqat::restore_checkpoint(part(in, "student."), *student);
   teacher->eval();
+  const auto& images = in.tensors.at("images");
+  const auto& labels = in.tensors.at("labels");
+  torchqat::calibrate(student, std::vector{images[0]});
 
   torchqat::optim::BCGD optimizer(torchqat::optim::param_groups(*student, /*weight_bits=*/1),
                                   torchqat::optim::BCGDOptions(0.05).momentum(0.9).weight_decay(1e-4));
   const auto criterion = torchqat::distill::FAQDLossOptions().fa(torchqat::nn::FastFeatureAffinityLoss());
-  const auto& images = in.tensors.at("images");
-  const auto& labels = in.tensors.at("labels");
   std::vector<at::Tensor> losses;
   for (int64_t step = 0; step < images.size(0); ++step) {
     Seen taught;
@@ -43,8 +45,8 @@ int main(int argc, char** argv) try {
       taught = look(teacher, images[step]);
     }
     const auto seen = look(student, images[step]);
-    const auto loss = torchqat::distill::faqd_loss(seen.logits, taught.logits, {{seen.map, taught.map}}, labels[step],
-                                                   criterion)
+    const auto loss = torchqat::distill::faqd_loss(seen.logits, taught.logits, {{seen.map, taught.map}},
+                                                   labels[step], criterion)
                           .loss;
     optimizer.zero_grad();
     loss.backward();

@@ -179,7 +179,8 @@ void BCGD::add_param_group(const OptimizerParamGroup& group) {
   }
   for (const auto& p : group.params()) {
     TORCH_CHECK_VALUE(known.insert(p.unsafeGetTensorImpl()).second,
-                      "BCGD: a parameter must be in one group, once; one of shape ", p.sizes(), " is there twice");
+                      "BCGD: a parameter must be in one group, once; one of shape ", p.sizes(),
+                      " is there twice");
   }
   Optimizer::add_param_group(group);
   auto& added = param_groups_.back();
@@ -437,8 +438,7 @@ void BCGD::load(torch::serialize::InputArchive& archive) {
 void BCGD::check_states(const std::vector<BCGDParamState>& states) const {
   size_t count = 0;
   for (const auto& group : param_groups_) count += group.params().size();
-  TORCH_CHECK_VALUE(states.size() == count, "BCGD: there must be ", count, " states, got ",
-                    states.size());
+  TORCH_CHECK_VALUE(states.size() == count, "BCGD: there must be ", count, " states, got ", states.size());
   size_t number = 0;
   for (const auto& group : param_groups_) {
     const auto& options = options_of(group);

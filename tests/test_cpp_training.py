@@ -35,7 +35,9 @@ def images_with_classes(steps):
     torch.manual_seed(1)
     labels = torch.randint(10, (steps, BATCH))
     images = 0.5 * torch.randn(steps, BATCH, 1, 28, 28)
-    for (step, i), label in zip(torch.cartesian_prod(*map(torch.arange, labels.shape)), labels.flatten(), strict=True):
+    for (step, i), label in zip(
+        torch.cartesian_prod(*map(torch.arange, labels.shape)), labels.flatten(), strict=True
+    ):
         row, column = divmod(int(label), 5)
         images[step, i, 0, 4 + 12 * row : 12 + 12 * row, 5 * column : 5 * column + 6] += 2
     return images, labels
@@ -76,7 +78,9 @@ def test_a_hundred_steps_in_cpp_are_those_in_python_bit_by_bit(train_steps, tmp_
     python = load_file(tmp_path / "python.safetensors")
     assert cpp.keys() == python.keys()
     assert [name for name in python if not torch.equal(python[name], cpp[name])] == []
-    assert any(name.endswith(".latent") for name in python) and any(name.endswith(".alpha") for name in python)
+    assert any(name.endswith(".latent") for name in python) and any(
+        name.endswith(".alpha") for name in python
+    )
 
     # What C++ wrote, Python goes on with.
     torchqat.load_checkpoint(tmp_path / "python.safetensors", student, optimizer)

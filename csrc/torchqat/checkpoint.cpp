@@ -78,15 +78,16 @@ struct NamedParam {
 std::vector<NamedParam> named_params(const std::string& what, const torch::nn::Module& model,
                                      const BCGD& optimizer) {
   std::map<const void*, std::string> names;
-  for (const auto& item : model.named_parameters()) names.emplace(item.value().unsafeGetTensorImpl(), item.key());
+  for (const auto& item : model.named_parameters())
+    names.emplace(item.value().unsafeGetTensorImpl(), item.key());
   std::vector<NamedParam> result;
   for (size_t group = 0; group < optimizer.param_groups().size(); ++group) {
     const auto& params = optimizer.param_groups()[group].params();
     const auto& options = static_cast<const BCGDOptions&>(optimizer.param_groups()[group].options());
     for (size_t place = 0; place < params.size(); ++place) {
       const auto found = names.find(params[place].unsafeGetTensorImpl());
-      TORCH_CHECK_VALUE(found != names.end(), what, ": parameter ", place, " of the optimizer's group ", group,
-                        options.name().empty() ? "" : " (" + options.name() + ")", ", of shape ",
+      TORCH_CHECK_VALUE(found != names.end(), what, ": parameter ", place, " of the optimizer's group ",
+                        group, options.name().empty() ? "" : " (" + options.name() + ")", ", of shape ",
                         params[place].sizes(), ", is not in the model: give a module that holds both");
       result.push_back({found->second, params[place], &options});
     }
@@ -106,8 +107,8 @@ Texts projections_of(const std::vector<NamedParam>& params) {
   return settings;
 }
 
-void check_settings(const std::string& what, const Texts& ours, const Texts& metadata, const std::string& prefix,
-                    const char* kind, const char* whose) {
+void check_settings(const std::string& what, const Texts& ours, const Texts& metadata,
+                    const std::string& prefix, const char* kind, const char* whose) {
   std::set<std::string> keys;
   for (const auto* texts : {&ours, &metadata}) {
     for (const auto& [key, text] : *texts) {
@@ -171,7 +172,8 @@ std::vector<BCGDParamState> optimizer_states(const std::string& what, const Tens
     const auto dot = name.rfind('.');
     const auto key = name.substr(dot + 1);
     const bool whole = dot >= kOptimizer.size() && dot != std::string::npos;
-    auto* place = whole ? member(by_name[name.substr(kOptimizer.size(), dot - kOptimizer.size())], key) : nullptr;
+    auto* place =
+        whole ? member(by_name[name.substr(kOptimizer.size(), dot - kOptimizer.size())], key) : nullptr;
     TORCH_CHECK_VALUE(place && value.is_floating_point(), what,
                       ": the optimizer's state must be floating-point latent, scale, momentum_buffer, step, "
                       "got '",
@@ -197,8 +199,8 @@ void restore_generators(const std::string& what, const torch::nn::Module& model,
       generator.set_state(saved.at(name));
     } catch (const c10::Error& error) {
       for (auto& [done, state] : before) done.set_state(state);
-      TORCH_CHECK_VALUE(false, what, ": '", name, "' must be the state of a generator on ", generator.device(),
-                        ": ", error.what_without_backtrace());
+      TORCH_CHECK_VALUE(false, what, ": '", name, "' must be the state of a generator on ",
+                        generator.device(), ": ", error.what_without_backtrace());
     }
   });
 }

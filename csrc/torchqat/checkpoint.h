@@ -10,18 +10,19 @@
 
 namespace torchqat {
 
-// Writes the state of a model, and of its optimizer, into one safetensors file, which torchqat.load_checkpoint
-// reads in Python: every parameter and buffer under its name, the state of each of the optimizer's parameters
-// as `optimizer.<name>.latent`, `.scale`, `.momentum_buffer`, `.step`, the random numbers of a
-// FastFeatureAffinityLoss as `<name>._extra_state`, and as metadata what the state was trained with. Learning
-// rates and other options are not in it: they are the program's. The file takes its name when it is whole.
+// Writes the state of a model, and of its optimizer, into one safetensors file, which
+// torchqat.load_checkpoint reads in Python: every parameter and buffer under its name, the state of each of
+// the optimizer's parameters as `optimizer.<name>.latent`, `.scale`, `.momentum_buffer`, `.step`, the random
+// numbers of a FastFeatureAffinityLoss as `<name>._extra_state`, and as metadata what the state was trained
+// with. Learning rates and other options are not in it: they are the program's. The file takes its name when
+// it is whole.
 TORCHQAT_API void save_checkpoint(const std::string& path, const torch::nn::Module& model,
                                   const optim::BCGD* optimizer = nullptr);
 
-// Loads such a file, written here or in Python, into a model of the same names and shapes; with an optimizer of
-// the same groups training goes on bit for bit. Everything is checked first: when it throws (c10::ValueError
-// with the path, or c10::Error where the file cannot be read), nothing has changed. Without an optimizer the
-// file may be any other safetensors file with the model's names.
+// Loads such a file, written here or in Python, into a model of the same names and shapes; with an optimizer
+// of the same groups training goes on bit for bit. Everything is checked first: when it throws
+// (c10::ValueError with the path, or c10::Error where the file cannot be read), nothing has changed. Without
+// an optimizer the file may be any other safetensors file with the model's names.
 TORCHQAT_API void load_checkpoint(const std::string& path, torch::nn::Module& model,
                                   optim::BCGD* optimizer = nullptr);
 

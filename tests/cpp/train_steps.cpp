@@ -1,7 +1,8 @@
-// Takes the training steps that tests/test_cpp_training.py takes in Python, for it to compare them bit by bit:
+// Takes the training steps that tests/test_cpp_training.py takes in Python, for it to compare them bit by
+// bit:
 //   train_steps IN.safetensors OUT.safetensors
-// IN has images (steps, batch, 1, 28, 28), labels (steps, batch), and the states of both networks under `teacher.` and
-// `student.`; OUT gets the loss of each step and a checkpoint of the student.
+// IN has images (steps, batch, 1, 28, 28), labels (steps, batch), and the states of both networks under
+// `teacher.` and `student.`; OUT gets the loss of each step and a checkpoint of the student.
 #include <torch/utils.h>
 
 #include <iostream>
@@ -43,8 +44,8 @@ int main(int argc, char** argv) try {
       taught = look(teacher, images[step]);
     }
     const auto seen = look(student, images[step]);
-    const auto loss = torchqat::distill::faqd_loss(seen.logits, taught.logits, {{seen.map, taught.map}}, labels[step],
-                                                   criterion)
+    const auto loss = torchqat::distill::faqd_loss(seen.logits, taught.logits, {{seen.map, taught.map}},
+                                                   labels[step], criterion)
                           .loss;
     optimizer.zero_grad();
     loss.backward();

@@ -428,8 +428,7 @@ void BCGD::load(torch::serialize::InputArchive& archive) {
 void BCGD::check_states(const std::vector<BCGDParamState>& states) const {
   size_t count = 0;
   for (const auto& group : param_groups_) count += group.params().size();
-  TORCH_CHECK_VALUE(states.size() == count, "BCGD: there must be ", count, " states, got ",
-                    states.size());
+  TORCH_CHECK_VALUE(states.size() == count, "BCGD: there must be ", count, " states, got ", states.size());
   size_t number = 0;
   for (const auto& group : param_groups_) {
     const auto& options = options_of(group);

@@ -1,6 +1,7 @@
 #include "mnist.h"
 
 #include <ATen/ATen.h>
+#include <c10/util/accumulate.h>
 #include <zlib.h>
 
 #include <algorithm>
@@ -38,25 +39,21 @@ class IdxFile {
       // Before memory is asked for: a damaged file can say anything.
       if (sizes.back() > (d ? kSide : kMaxImages)) fail("it is larger than MNIST's");
     }
-    auto values = at::empty(sizes, at::kByte);
-    read_into(values.mutable_data_ptr<uint8_t>(), static_cast<unsigned>(values.numel()));
-    uint8_t more = 0;
-    const int after = gzread(file_.get(), &more, 1);  // where zlib compares the checksum, too
-    if (after > 0) fail("it is longer than it says");
-    check(after == 0);
-    return values;
+    const auto count = c10::multiply_integers(sizes);
+    // One byte more than there shall be: at the end of the file zlib compares the checksum.
+    auto values = at::empty({count + 1}, at::kByte);
+    const auto got = gzread(file_.get(), values.mutable_data_ptr(), static_cast<unsigned>(count + 1));
+    if (got > count) fail("it is longer than it says");
+    check(got == count);
+    return values.slice(0, 0, count).view(sizes);
   }
 
  private:
   std::array<uint8_t, 4> read_four() {
     std::array<uint8_t, 4> bytes{};
-    read_into(bytes.data(), bytes.size());
+    check(gzread(file_.get(), bytes.data(), 4) == 4);
     return bytes;
   }
-  void read_into(uint8_t* to, unsigned count) {
-    check(gzread(file_.get(), to, count) == static_cast<int>(count));
-  }
-
   void check(bool whole) const {
     int error = Z_OK;
     gzerror(file_.get(), &error);

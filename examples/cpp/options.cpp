@@ -35,8 +35,9 @@ class CommandLine {
       : app("Trains a LeNet-5 with 1-bit weights and 2-bit activations on MNIST, taught by a float one.",
             "train_mnist") {
     app.add_option("--data-dir", o.data_dir,
-                   "folder of MNIST's four idx files, .gz or plain [$TORCHQAT_DATA/mnist]");
-    app.add_option("--out", o.out, "folder of all results")->capture_default_str();
+                   "folder of MNIST's four idx files, .gz or plain [$TORCHQAT_DATA/mnist]")
+        ->take_last();
+    app.add_option("--out", o.out, "folder of all results")->take_last()->capture_default_str();
     setting<int64_t>("--float-epochs", o.float_epochs, 0, 100000, "epochs of the float teacher");
     setting<int64_t>("--epochs", o.epochs, 0, 100000, "epochs of the quantized student");
     setting<int64_t>("--batch-size", o.batch_size, 2, 60000, "images per step");
@@ -66,7 +67,7 @@ class CommandLine {
  private:
   template <typename T>
   void number(const char* name, T& value, T low, T high, const char* what) {
-    app.add_option(name, value, what)->check(within(low, high))->capture_default_str();
+    app.add_option(name, value, what)->check(within(low, high))->take_last()->capture_default_str();
   }
   template <typename T>
   void setting(const char* name, T& value, T low, T high, const char* what) {

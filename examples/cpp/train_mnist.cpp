@@ -7,9 +7,9 @@
 // To --out go a checkpoint per epoch and, in the end, both networks: float.safetensors and
 // quantized.safetensors. The numbers are those of
 //
-//   python examples/distill_classifier.py --dataset mnist --model lenet5 --teacher-model lenet5 --start
-//   teacher
-//     --warm-up 0 --shift 0 --float-epochs 4 --epochs 8 --lr 0.02 --arms kd+ffa
+//   python examples/distill_classifier.py --dataset mnist --model lenet5 --start teacher --warm-up 0 --shift
+//   0
+//     --teacher-model lenet5 --teacher-width 1 --float-epochs 4 --epochs 8 --lr 0.02 --arms kd+ffa
 #include <ATen/Parallel.h>
 #include <torch/utils.h>
 

@@ -196,7 +196,7 @@ void Training::end_epoch(Stage& stage, std::optional<double> loss) {
   const auto epoch = epoch_.item<int64_t>();
   const bool lost = loss && !std::isfinite(*loss);
   if (lost || !scored.isfinite().all().item<bool>()) {
-    const auto what = lost ? "loss " + std::to_string(*loss) : "outputs not finite";
+    const auto what = lost ? "loss " + std::to_string(std::abs(*loss)) : "outputs not finite";
     throw std::runtime_error(c10::str(stage.name, " training diverged at epoch ", epoch, " (", what,
                                       "): lower ", stage.name == "float" ? "--float-lr" : "--lr"));
   }

@@ -4,7 +4,8 @@
     python examples/train_classifier.py --seeds 0 1 2 3 4          # the same five times: mean and spread
     python examples/train_classifier.py --dataset cifar10 --model resnet20 --act-bits 4 --device cuda
 
-Everything goes to --out: a checkpoint per epoch, both networks with their weights packed, metrics and plots.
+Everything goes to --out: a checkpoint per epoch, both networks with their weights packed, the quantized one
+as safetensors too (examples/cpp/embed.cpp runs it, without Python), metrics and plots.
 Ctrl-C leaves a good checkpoint; the same command with --resume goes on from it, bit for bit. Without it a
 checkpoint that is there already is kept, and refused unless --overwrite is given.
 """
@@ -63,6 +64,7 @@ class Run(Training):
         self.train("quantized", model, optimizer, args.epochs)
         weights = packing.quantized_weights(optimizer)
         self.progress["bytes"]["quantized"] = packing.save(self.folder / "quantized.tqat", model, weights)
+        torchqat.save_checkpoint(self.folder / "quantized.safetensors", model)
         if not args.no_plots:
             images = dataset.normalized(dataset.test_images[:1000], args.device)
             plots.draw_all(self.folder, self.progress["history"], model, optimizer, images)

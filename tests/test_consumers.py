@@ -1,6 +1,5 @@
 """torchqat as C++ projects find it: in the build folder, in an installation and in an installed wheel."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -12,24 +11,13 @@ import pytest
 import torch
 import torchqat
 import torchqat.__main__
+from cmake_projects import CMAKE, CXX, ROOT, compile_project, configure, folder_of_build, run
+from torch import nn
 
-ROOT = Path(__file__).parents[1]
 TORCH = Path(torch.__file__).parent
 MINOR = ".".join(torch.__version__.split(".")[:2])
-PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-CMAKE = shutil.which("cmake", path=PATH)
-CXX = os.environ.get("CXX", "c++")
 
 pytestmark = pytest.mark.skipif(not CMAKE or not shutil.which(CXX), reason="no cmake, or no C++ compiler")
-
-
-def run(*command, fails=False, **environment):
-    """What the command prints, in one line; it must succeed, or fail where that is expected."""
-    environment = {**os.environ, "PATH": PATH, **environment}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    output = " ".join((result.stdout + result.stderr).split())
-    assert (result.returncode != 0) == fails, output
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +27,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def build_folder():
-    """Where the library under test was built: the folder that it lies in, or `build` of this checkout."""
-    for place in (Path(torchqat.build_info()["library"]).parent, ROOT / "build"):
-        facts, mine = place / "libtorchqat.json", Path(torchqat.build_info()["library"]).with_suffix(".json")
-        if (place / "CMakeCache.txt").is_file() and facts.is_file() and facts.read_text() == mine.read_text():
-            return place
-    pytest.skip("the folder that this library was built in is not here")
+    return folder_of_build()
 
 
 @pytest.fixture(scope="module")
@@ -102,18 +85,12 @@ def libtorch(folder):
     return folder / "libtorch"
 
 
-def configure(build, *options, source=ROOT / "tests/consumer", **kwargs):
-    """Configures a project in a folder, on a machine that has no CUDA toolkit."""
-    hidden = [f"-DCMAKE_DISABLE_FIND_PACKAGE_{name}=ON" for name in ("CUDA", "CUDAToolkit")]
-    if shutil.which("ccache"):
-        hidden.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")
-    return run(CMAKE, "-S", source, "-B", build, *hidden, *options, **kwargs)
-
-
-def output_of(build, program="consumer"):
+def output_of(build, program="consumer", **kwargs):
     """Builds the program and runs it with an empty environment."""
-    run(CMAKE, "--build", build, "--target", program, CCACHE_BASEDIR=str(build.parent))
-    return subprocess.run([build / program], env={}, check=True, capture_output=True, text=True).stdout
+    compile_project(build, program)
+    return subprocess.run(
+        [build / program], env={}, check=True, capture_output=True, text=True, **kwargs
+    ).stdout
 
 
 NUMBERS = "2 5 0\n"
@@ -147,6 +124,22 @@ def test_a_program_uses_an_installed_wheel(site, folder):
     assert prefixes == f"{site}/torchqat;{site}/torch/share/cmake"
     configure(folder / "of-wheel", f"-DCMAKE_PREFIX_PATH={prefixes}")
     assert output_of(folder / "of-wheel") == NUMBERS
+
+
+@pytest.mark.slow
+def test_the_program_of_the_readme_trains_for_python(build_folder, folder):
+    (text,) = re.findall(r"```cpp\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (folder / "readme.cpp").write_text(text)
+    build = folder / "of-readme"
+    configure(build, f"-DTorchQAT_DIR={build_folder}", f"-DREADME_PROGRAM={folder}/readme.cpp")
+    printed = output_of(build, "readme", cwd=folder).split()
+    layers = nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10)
+    model = torchqat.prepare(nn.Sequential(*layers), act_bits=2)
+    optimizer = torchqat.optim.BCGD(torchqat.optim.param_groups(model, weight_bits=1), lr=0.05, momentum=0.9)
+    torchqat.load_checkpoint(folder / "checkpoint.safetensors", model, optimizer)
+    assert torch.tensor([float(value) for value in printed[:2]]).allclose(model[0].weight.unique(), atol=1e-4)
+    assert optimizer.state[model[0].weight]["latent"].unique().numel() == model[0].weight.numel()
+    assert len(optimizer.state) == 7
 
 
 @pytest.mark.slow

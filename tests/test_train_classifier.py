@@ -27,6 +27,7 @@ from example_programs import (
     stopped_after,
     write_idx_files,
 )
+from safetensors.torch import load_file
 
 for needed in ("matplotlib", "sklearn", "torchvision", "tqdm"):
     pytest.importorskip(needed)
@@ -73,7 +74,7 @@ def test_a_run_writes_everything_and_prints_the_table(tmp_path):
     assert "1 / 2" in stdout and "32 / 32" in stdout
     folder = tmp_path / "seed-3"
     pictures = {"training.png", "weights.png", "activations.png", "estimators.png"}
-    files = {"checkpoint.pt", "float.tqat", "quantized.tqat", "metrics.json"}
+    files = {"checkpoint.pt", "float.tqat", "quantized.tqat", "quantized.safetensors", "metrics.json"}
     assert {path.name for path in folder.iterdir()} == pictures | files
     for name in pictures:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
@@ -390,15 +391,18 @@ def test_packed_codes_come_back(example, bits):
     ],
     ids=" ".join,
 )
-def test_the_packed_network_is_the_network(train, example, tmp_path, options):
+def test_the_saved_networks_are_the_network(train, example, tmp_path, options):
     quick = ("--subset", "40", "--float-epochs", "0", "--epochs", "1", "--batch-size", "20", "--threads", "1")
     assert train(*options, "--out", tmp_path, quick=quick)[0] == 0
     folder = tmp_path / "seed-0"
     model_state = torch.load(folder / "checkpoint.pt", weights_only=True)["states"][0]
-    packed = example.packing.load(folder / "quantized.tqat")
-    assert packed.keys() == model_state.keys()
-    for name, value in model_state.items():
-        assert torch.equal(packed[name], value), name
+    for saved in (
+        example.packing.load(folder / "quantized.tqat"),
+        load_file(folder / "quantized.safetensors"),
+    ):
+        assert saved.keys() == model_state.keys()
+        for name, value in model_state.items():
+            assert torch.equal(saved[name], value), name
 
 
 @pytest.mark.parametrize("size", [8, 28, 32])

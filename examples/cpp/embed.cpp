@@ -1,7 +1,8 @@
 // Runs a network that was trained and saved from Python, and shows the codes of a layer:
 //   embed FILE.safetensors
-// FILE is what torchqat.save_checkpoint(FILE, model) wrote of a LeNet-5 for 28 x 28 pixels with 2-bit activations
-// (examples/train_classifier.py --dataset mnist writes one), or train_mnist here.
+// FILE is a LeNet-5 for 28 x 28 pixels with 2-bit activations, as torchqat.save_checkpoint(FILE, model)
+// writes it: quantized.safetensors of `python examples/train_classifier.py --dataset mnist`, or of
+// train_mnist here.
 #include <torch/utils.h>
 
 #include <iostream>

@@ -1,20 +1,20 @@
 #pragma once
 
-#include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/modules/activation.h>
+#include <torch/nn/modules/container/sequential.h>
 #include <torchqat/torchqat.h>
 
 #include <cmath>
+#include <cstdint>
 #include <optional>
-#include <utility>
 
-// LeNet-5 as examples/models.py has it, for images of 28 x 28 pixels: the same layers under the same numbers, so
-// that states of either language load in the other. With `act_bits` each ReLU is a staircase, and the layers keep
-// its codes for backward. `width` multiplies the numbers of channels.
+// LeNet-5 as examples/models.py has it, for images of 28 x 28 pixels: the same layers under the same numbers,
+// so that states of either language load in the other. With `act_bits` each ReLU is a staircase, and the
+// layers keep its codes for backward. `width` multiplies the numbers of channels.
 inline torch::nn::Sequential lenet5(std::optional<int64_t> act_bits = std::nullopt, double width = 1) {
   namespace nn = torch::nn;
   namespace qnn = torchqat::nn;
-  const auto wide = [&](double channels) { return static_cast<int64_t>(std::lround(width * channels)); };
+  const auto wide = [&](double channels) { return static_cast<int64_t>(std::nearbyint(width * channels)); };
   const int64_t first = wide(32), second = wide(64), third = wide(512);
   nn::Sequential net;
   const auto relu = [&] {

@@ -105,6 +105,20 @@ TEST_F(Features, WrongOptionsAndFeaturesAreNamed) {
   EXPECT_TRUE(at::equal(fast->generator.get_state(), before));
 }
 
+TEST(Layers, AreTakenOutOfASequentialByTheirClass) {
+  namespace qnn = torchqat::nn;
+  torch::nn::Sequential net(qnn::QuantConv1d(1, 1, 1), qnn::QuantConv2d(1, 1, 1), qnn::QuantLinear(1, 1),
+                            qnn::QuantMaxPool2d(1), qnn::QuantBatchNorm1d(1), qnn::QuantBatchNorm2d(1),
+                            qnn::StaircaseReLU(2));
+  EXPECT_EQ(net->at<qnn::QuantConv1dImpl>(0).weight.dim(), 3);
+  EXPECT_EQ(net->at<qnn::QuantConv2dImpl>(1).weight.dim(), 4);
+  EXPECT_EQ(net->at<qnn::QuantLinearImpl>(2).weight.dim(), 2);
+  EXPECT_FALSE(net->at<qnn::QuantMaxPool2dImpl>(3).options.ceil_mode());
+  EXPECT_EQ(net->at<qnn::QuantBatchNorm1dImpl>(4).weight.dim(), 1);
+  EXPECT_EQ(net->at<qnn::QuantBatchNorm2dImpl>(5).weight.dim(), 1);
+  EXPECT_EQ(net->at<qnn::StaircaseReLUImpl>(6).options.bits(), 2);
+}
+
 TEST(Codes, ArePackedAndUnpacked) {
   const auto codes = at::arange(15).view({3, 5}).to(at::kByte);
   const auto packed = torchqat::pack_codes(codes, 4);

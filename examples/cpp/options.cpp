@@ -58,7 +58,7 @@ class CommandLine {
     number<int64_t>("--threads", o.threads, 1, 1024, "threads of torch");
     auto* resume =
         app.add_flag("--resume", o.resume, "go on from the checkpoint in --out, with the same options");
-    app.add_flag("--overwrite", o.overwrite, "begin anew where --out has results")->excludes(resume);
+    app.add_flag("--overwrite", o.overwrite, "delete the results in --out, and begin anew")->excludes(resume);
   }
 
   CLI::App app;

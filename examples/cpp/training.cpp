@@ -59,12 +59,14 @@ std::shared_ptr<void> claimed(const fs::path& folder) {
 // Reads a checkpoint that was made with these options.
 torchqat::TensorFile load(const std::string& path, const Options& options) {
   auto file = torchqat::load_safetensors(path);
+  bool ours = file.metadata.count(kOurs + "stage");
   std::string differ;
   for (const auto& [name, value] : options.settings) {
     const auto& saved = file.metadata[kOurs + name];
-    if (saved.empty()) throw std::runtime_error(path + " is not a checkpoint of this program");
+    ours = ours && !saved.empty();
     if (saved != value) differ += (differ.empty() ? "" : "; ") + name + " " + saved + ", not " + value;
   }
+  if (!ours) throw std::runtime_error(path + " is not a checkpoint of this program");
   if (!differ.empty()) throw std::runtime_error(path + " was made with other options: " + differ);
   return file;
 }
@@ -127,7 +129,10 @@ Training::Training(const Options& options, const Mnist& data, torch::nn::Module&
   if (options.resume) {
     saved_ = load(checkpoint_, options);
     seconds_ = std::strtod(saved_->metadata[kOurs + "seconds"].c_str(), nullptr);
-  } else if (fs::exists(checkpoint_) && !options.overwrite) {
+  } else if (options.overwrite) {
+    for (const auto* name : {"checkpoint.safetensors", "float.safetensors", "quantized.safetensors"})
+      fs::remove(fs::path(options.out) / name);
+  } else if (fs::exists(checkpoint_)) {
     throw std::runtime_error(checkpoint_ + " is there already: give --resume, --overwrite or another --out");
   }
 }

@@ -7,9 +7,8 @@
 // To --out go a checkpoint per epoch and, in the end, both networks: float.safetensors and
 // quantized.safetensors. The numbers are those of
 //
-//   python examples/distill_classifier.py --dataset mnist --model lenet5 --start teacher --warm-up 0 --shift
-//   0
-//     --teacher-model lenet5 --teacher-width 1 --float-epochs 4 --epochs 8 --lr 0.02 --arms kd+ffa
+//   python examples/distill_classifier.py --dataset mnist --model lenet5 --start teacher --warm-up 0
+//     --shift 0 --teacher-model lenet5 --teacher-width 1 --float-epochs 4 --epochs 8 --lr 0.02 --arms kd+ffa
 #include <ATen/Parallel.h>
 #include <torch/utils.h>
 
@@ -39,8 +38,8 @@ struct Networks : torch::nn::Module {
     teacher = register_module("teacher", lenet5(/*act_bits=*/std::nullopt, o.width));
     affinity = register_module("affinity",
                                FastFeatureAffinityLoss(FastFeatureAffinityLossOptions().probes(o.probes)));
-    for (auto parameter :
-         parameters()) {  // the convolutions take most of the time, and less of it in this layout
+    // The convolutions take most of the time, and less of it in this layout.
+    for (auto parameter : parameters()) {
       if (parameter.dim() == 4) parameter.set_data(parameter.detach().clone(at::MemoryFormat::ChannelsLast));
     }
   }

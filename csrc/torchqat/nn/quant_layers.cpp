@@ -102,8 +102,9 @@ std::shared_ptr<torch::nn::Module> QuantLinearImpl::clone(const std::optional<to
   torch::NoGradGuard no_grad;
   auto copy = std::make_shared<QuantLinearImpl>(options);
   copy->train(is_training());
+  const auto parameters = named_parameters(/*recurse=*/false);
   for (auto& parameter : copy->named_parameters(/*recurse=*/false)) {
-    const auto& own = named_parameters(/*recurse=*/false)[parameter.key()];
+    const auto& own = parameters[parameter.key()];
     parameter.value().set_data(device && own.device() != *device ? own.to(*device) : own.clone());
   }
   return copy;

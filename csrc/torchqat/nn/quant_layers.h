@@ -37,6 +37,8 @@ class TORCHQAT_API QuantConv1dImpl : public QuantConvNdImpl<1, QuantConv1dImpl> 
   QuantConv1dImpl(int64_t in_channels, int64_t out_channels, torch::ExpandingArray<1> kernel_size)
       : QuantConv1dImpl(torch::nn::Conv1dOptions(in_channels, out_channels, kernel_size)) {}
   explicit QuantConv1dImpl(const torch::nn::Conv1dOptions& options) : QuantConvNdImpl(options) {}
+  // Its own, for what takes a module's type from its forward: Sequential's at() and ptr().
+  at::Tensor forward(const at::Tensor& input) { return QuantConvNdImpl::forward(input); }
 };
 TORCH_MODULE(QuantConv1d);
 
@@ -45,6 +47,7 @@ class TORCHQAT_API QuantConv2dImpl : public QuantConvNdImpl<2, QuantConv2dImpl> 
   QuantConv2dImpl(int64_t in_channels, int64_t out_channels, torch::ExpandingArray<2> kernel_size)
       : QuantConv2dImpl(torch::nn::Conv2dOptions(in_channels, out_channels, kernel_size)) {}
   explicit QuantConv2dImpl(const torch::nn::Conv2dOptions& options) : QuantConvNdImpl(options) {}
+  at::Tensor forward(const at::Tensor& input) { return QuantConvNdImpl::forward(input); }
 };
 TORCH_MODULE(QuantConv2d);
 
@@ -85,6 +88,7 @@ class TORCHQAT_API QuantBatchNormImpl : public torch::nn::BatchNormImplBase<D, D
 class TORCHQAT_API QuantBatchNorm1dImpl : public QuantBatchNormImpl<1, QuantBatchNorm1dImpl> {
  public:
   using QuantBatchNormImpl::QuantBatchNormImpl;
+  at::Tensor forward(const at::Tensor& input) { return QuantBatchNormImpl::forward(input); }
 
  protected:
   void _check_input_dim(const at::Tensor& input) override;
@@ -94,6 +98,7 @@ TORCH_MODULE(QuantBatchNorm1d);
 class TORCHQAT_API QuantBatchNorm2dImpl : public QuantBatchNormImpl<2, QuantBatchNorm2dImpl> {
  public:
   using QuantBatchNormImpl::QuantBatchNormImpl;
+  at::Tensor forward(const at::Tensor& input) { return QuantBatchNormImpl::forward(input); }
 
  protected:
   void _check_input_dim(const at::Tensor& input) override;

@@ -76,6 +76,27 @@ def staircase_grads(grad, x, alpha, bits, ste, rule, channel_dim=1):
     return grad_x.to(x.dtype), grad_alpha
 
 
+# ---- the step size that fits data best: calibrate ----
+
+
+def step_size_error(x, steps, bits):
+    """The mean squared error of the staircase for the positive part of x, for each of the step sizes."""
+    x = x.double().flatten()
+    y = staircase(x.expand(len(steps), -1), steps, bits, channel_dim=0)
+    return (y - x.clamp_min(0)).square().mean(1)
+
+
+def best_step_size(x, bits):
+    """(step size of least error, that error), by trying many, then many around the best."""
+    high = x.double().max()
+    steps = torch.logspace(-4, 0, 8001, dtype=torch.float64, device=x.device) * high
+    best = int(step_size_error(x, steps, bits).argmin())
+    low, high = steps[max(best - 1, 0)], steps[min(best + 1, 8000)]
+    steps = low + (high - low) * torch.linspace(0, 1, 1001, dtype=torch.float64, device=x.device)
+    errors = step_size_error(x, steps, bits)
+    return steps[errors.argmin()], errors.min()
+
+
 # ---- packed codes: the definition in pack_codes ----
 
 

@@ -62,7 +62,9 @@ Calibration::Calibration(torch::nn::Module& model) : state_(std::make_unique<Sta
   });
   TORCH_CHECK_VALUE(!state.observed.empty(), "calibrate: the model has no StaircaseReLU");
   state.device = model.parameters().front().device();
-  for (const auto& device : {at::Device(at::kCPU), state.device}) {
+  std::vector<at::Device> devices{at::kCPU};
+  if (state.device != at::kCPU) devices.push_back(state.device);
+  for (const auto& device : devices) {
     const auto generator = at::globalContext().defaultGenerator(device);
     state.random.emplace_back(generator, generator.get_state());
   }

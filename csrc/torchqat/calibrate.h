@@ -3,12 +3,8 @@
 #include <ATen/core/Tensor.h>
 #include <torch/nn/module.h>
 
-#include <cstdint>
 #include <functional>
 #include <memory>
-#include <string>
-#include <utility>
-#include <vector>
 
 #include "torchqat/macros.h"
 
@@ -17,14 +13,14 @@ namespace torchqat {
 // Sets the step size of every StaircaseReLU of a model to the one of least mean squared error for its inputs,
 // over all batches, in one pass in which they act as plain ReLUs: see torchqat.calibrate in Python, whose
 // step sizes these are, bit by bit. Training modes and random generators are afterwards what they were.
-// `model` is a module holder or a shared pointer to a module whose forward takes a tensor; a batch is that
-// tensor, or has it as `data` (the batches of LibTorch's data loaders). They are moved to the device of the
+// `model` is a module, its holder or a pointer to it, whose forward takes a tensor; a batch is that tensor, or has it as `data` (the batches of LibTorch's data loaders). They are moved to the device of the
 // model's first parameter.
 template <typename Model, typename Batches>
 void calibrate(Model& model, Batches&& batches);
 
 // What it is made of, for models that are called in other ways: make one, call run() with each batch, and at
-// last set_alphas(). A model that is dropped before is left as it was.
+// last set_alphas(). While it lives the model, which must outlive it, is in eval mode and its staircases are
+// plain ReLUs; one that ends before set_alphas() leaves the model as it was. One at a time.
 class TORCHQAT_API Calibration {
  public:
   explicit Calibration(torch::nn::Module& model);
@@ -42,13 +38,19 @@ class TORCHQAT_API Calibration {
 
 template <typename Model, typename Batches>
 void calibrate(Model& model, Batches&& batches) {
-  Calibration calibration(*model);
+  auto& module = [&]() -> auto& {
+    if constexpr (requires { *model; })
+      return *model;
+    else
+      return model;
+  }();
+  Calibration calibration(module);
   for (const auto& batch : batches) {
     calibration.run([&] {
       if constexpr (requires { batch.data.to(calibration.device()); })
-        model->forward(batch.data.to(calibration.device()));
+        module.forward(batch.data.to(calibration.device()));
       else
-        model->forward(batch.to(calibration.device()));
+        module.forward(batch.to(calibration.device()));
     });
   }
   calibration.set_alphas();

@@ -61,9 +61,10 @@ Tensors state_of(const torch::nn::Module& model) {
 
 Texts staircases_of(const torch::nn::Module& model) {
   Texts settings;
+  std::set<const torch::nn::Module*> seen;  // one that has several names goes by the first, as in Python
   model.apply([&](const std::string& name, const torch::nn::Module& module) {
-    if (const auto* staircase = dynamic_cast<const nn::StaircaseReLUImpl*>(&module))
-      settings[kStaircase + name] = staircase->settings();
+    const auto* staircase = dynamic_cast<const nn::StaircaseReLUImpl*>(&module);
+    if (staircase && seen.insert(staircase).second) settings[kStaircase + name] = staircase->settings();
   });
   return settings;
 }

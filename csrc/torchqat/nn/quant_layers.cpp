@@ -42,17 +42,19 @@ std::optional<std::string_view> pad_mode(const torch::nn::detail::conv_padding_m
   return std::nullopt;
 }
 
-// padding "same" of an even kernel: torch's own.
+// The zeros on both sides of each dimension; none where padding "same" of an even kernel is uneven.
 template <size_t D>
-at::Tensor unevenly_padded(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
-                           const torch::nn::detail::ConvNdOptions<D>& options) {
-  const auto& convolve = [&](auto f) {
-    return f(input, weight, bias, *options.stride(), "same", *options.dilation(), options.groups());
-  };
-  if constexpr (D == 1)
-    return convolve([](auto&&... arguments) { return at::conv1d(arguments...); });
-  else
-    return convolve([](auto&&... arguments) { return at::conv2d(arguments...); });
+std::optional<std::vector<int64_t>> zeros_around(const torch::nn::detail::ConvNdOptions<D>& options) {
+  if (const auto* padding = std::get_if<torch::ExpandingArray<D>>(&options.padding()))
+    return at::IntArrayRef(**padding).vec();
+  std::vector<int64_t> zeros(D, 0);
+  if (std::holds_alternative<torch::enumtype::kValid>(options.padding())) return zeros;
+  for (size_t d = 0; d < D; ++d) {
+    const int64_t both = (*options.dilation())[d] * ((*options.kernel_size())[d] - 1);
+    if (both % 2) return std::nullopt;
+    zeros[d] = both / 2;
+  }
+  return zeros;
 }
 
 void check_dim(const at::Tensor& input, bool fits, const char* layer, const char* wanted) {
@@ -72,16 +74,24 @@ at::Tensor QuantConvNdImpl<D, Derived>::forward(const at::Tensor& input) {
     return layer_convolution(x, this->weight, this->bias, *options.stride(), zeros, *options.dilation(),
                              options.groups(), recompute);
   };
-  const auto& sides = this->_reversed_padding_repeated_twice;  // the last dimension first, both sides of each
-  if (const auto mode = pad_mode(options.padding_mode()))
+  const auto zeros = zeros_around<D>(options);
+  if (const auto mode = pad_mode(options.padding_mode())) {
+    // As torch.nn in Python; LibTorch's own layer exchanges the dimensions of padding "same".
+    std::vector<int64_t> sides;  // the last dimension first, both sides of each
+    for (size_t d = D; d-- > 0;) {
+      const int64_t both = (*options.dilation())[d] * ((*options.kernel_size())[d] - 1);
+      const int64_t left = zeros ? (*zeros)[d] : both / 2;
+      sides.insert(sides.end(), {left, zeros ? left : both - left});
+    }
     return convolve(at::pad(input, sides, *mode), std::vector<int64_t>(D, 0));
-  std::vector<int64_t> zeros(D);
-  for (size_t d = 0; d < D; ++d) {
-    zeros[d] = sides[2 * (D - 1 - d)];
-    if (zeros[d] != sides[2 * (D - 1 - d) + 1])
-      return unevenly_padded<D>(input, this->weight, this->bias, options);
   }
-  return convolve(input, zeros);
+  if (zeros) return convolve(input, *zeros);
+  if constexpr (D == 1)  // torch's own
+    return at::conv1d(input, this->weight, this->bias, *options.stride(), "same", *options.dilation(),
+                      options.groups());
+  else
+    return at::conv2d(input, this->weight, this->bias, *options.stride(), "same", *options.dilation(),
+                      options.groups());
 }
 
 template <size_t D, typename Derived>
@@ -102,8 +112,9 @@ std::shared_ptr<torch::nn::Module> QuantLinearImpl::clone(const std::optional<to
   torch::NoGradGuard no_grad;
   auto copy = std::make_shared<QuantLinearImpl>(options);
   copy->train(is_training());
+  const auto parameters = named_parameters(/*recurse=*/false);
   for (auto& parameter : copy->named_parameters(/*recurse=*/false)) {
-    const auto& own = named_parameters(/*recurse=*/false)[parameter.key()];
+    const auto& own = parameters[parameter.key()];
     parameter.value().set_data(device && own.device() != *device ? own.to(*device) : own.clone());
   }
   return copy;

@@ -27,7 +27,8 @@ struct AlphaInit : std::variant<std::string, double> {
 };
 
 struct TORCHQAT_API StaircaseReLUOptions {
-  StaircaseReLUOptions(int64_t bits = 4) : bits_(bits) {}
+  StaircaseReLUOptions() = default;
+  StaircaseReLUOptions(int64_t bits) : bits_(bits) {}
 
   TORCH_ARG(int64_t, bits) = 4;                                // of the activation codes, 1 to 8
   TORCH_ARG(std::string, ste) = "clipped_relu";                // one of torchqat::ste_names()

@@ -192,6 +192,7 @@ void BCGD::add_param_group(const OptimizerParamGroup& group) {
   try {
     adopt(items);
   } catch (...) {
+    for (const auto& p : added.params()) state_.erase(p.unsafeGetTensorImpl());  // else they could not be added again
     param_groups_.pop_back();
     throw;
   }
@@ -477,7 +478,10 @@ void BCGD::restore(const std::vector<BCGDParamState>& states) {
     const auto& options = options_of(group);
     for (auto p : group.params()) {
       auto& state = state_of(p) = restored(p, *saved++);
-      if (!options.quant_bits()) continue;
+      if (!options.quant_bits()) {
+        if (!state.momentum_buffer().defined()) state_.erase(p.unsafeGetTensorImpl());  // as before a first step
+        continue;
+      }
       if (!holds_projection(p, state, options)) p.copy_(projection(state, options));
       leave(p);
     }

@@ -31,6 +31,7 @@ set(TORCHQAT_PRIVATE_HEADERS
   ops/recipe.h
   ops/ste.h
   ops/step_size.h
+  optim/checks.h
   optim/latents.h
   safetensors_header.h
 )

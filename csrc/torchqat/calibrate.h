@@ -13,8 +13,9 @@ namespace torchqat {
 // Sets the step size of every StaircaseReLU of a model to the one of least mean squared error for its inputs,
 // over all batches, in one pass in which they act as plain ReLUs: see torchqat.calibrate in Python, whose
 // step sizes these are, bit by bit. Training modes and random generators are afterwards what they were.
-// `model` is a module, its holder or a pointer to it, whose forward takes a tensor; a batch is that tensor, or has it as `data` (the batches of LibTorch's data loaders). They are moved to the device of the
-// model's first parameter.
+// `model` is a module, its holder or a pointer to it, whose forward takes a tensor; a batch is that tensor,
+// or has it as `data` (the batches of LibTorch's data loaders). They are moved to the device of the model's
+// first parameter.
 template <typename Model, typename Batches>
 void calibrate(Model& model, Batches&& batches);
 
@@ -43,7 +44,8 @@ void calibrate(Model& model, Batches&& batches) {
       return *model;
     else
       return model;
-  }();
+  }
+  ();
   Calibration calibration(module);
   for (const auto& batch : batches) {
     calibration.run([&] {

@@ -12,6 +12,7 @@
 #include "torchqat/build_info.h"
 #include "torchqat/nn/feature_affinity_loss.h"
 #include "torchqat/nn/staircase_relu.h"
+#include "torchqat/optim/latents.h"
 
 namespace torchqat {
 namespace {
@@ -97,13 +98,9 @@ std::vector<NamedParam> named_params(const std::string& what, const torch::nn::M
 }
 
 Texts projections_of(const std::vector<NamedParam>& params) {
-  const auto or_none = [](const auto& value) { return value ? c10::str(*value) : "None"; };
   Texts settings;
   for (const auto& [name, param, options] : params) {
-    if (options->quant_bits())
-      settings[kQuantized + name] =
-          c10::str("quant_bits=", or_none(options->quant_bits()),
-                   ", channel_dim=", or_none(options->channel_dim()), ", method=", options->method());
+    if (options->quant_bits()) settings[kQuantized + name] = optim::quantization(*options);
   }
   return settings;
 }
@@ -141,25 +138,21 @@ void check_names(const std::string& what, const Tensors& saved, const Tensors& o
   refuse_missing("also has", saved, own);
 }
 
+bool is_extra_state(const std::string& name) {
+  return name == kExtraState || name.ends_with("." + kExtraState);
+}
+
 void check_model_state(const std::string& what, const Tensors& saved, const Tensors& own) {
   check_names(what, saved, own);
   for (const auto& [name, value] : saved) {
     const auto& ours = own.at(name);
-    if (name == kExtraState || name.ends_with("." + kExtraState)) continue;  // its module's own affair
+    if (is_extra_state(name)) continue;  // its module's own affair
     TORCH_CHECK_VALUE(value.sizes() == ours.sizes(), what, ": '", name, "' must have shape ", ours.sizes(),
                       ", got ", value.sizes());
     TORCH_CHECK_VALUE(
         value.scalar_type() == ours.scalar_type() || (value.is_floating_point() && ours.is_floating_point()),
         what, ": '", name, "' must be ", ours.scalar_type(), ", got ", value.scalar_type());
   }
-}
-
-// A state's tensor by its name; none where there is no such one.
-at::Tensor* member(BCGDParamState& state, const std::string& key) {
-  if (key == "latent") return &state.latent();
-  if (key == "scale") return &state.scale();
-  if (key == "momentum_buffer") return &state.momentum_buffer();
-  return key == "step" ? &state.step() : nullptr;
 }
 
 // The states in the optimizer's order.
@@ -171,10 +164,13 @@ std::vector<BCGDParamState> optimizer_states(const std::string& what, const Tens
   std::map<std::string, BCGDParamState> by_name;
   for (const auto& [name, value] : tensors) {
     const auto dot = name.rfind('.');
-    const auto key = name.substr(dot + 1);
-    const bool whole = dot >= kOptimizer.size() && dot != std::string::npos;
-    auto* place =
-        whole ? member(by_name[name.substr(kOptimizer.size(), dot - kOptimizer.size())], key) : nullptr;
+    at::Tensor* place = nullptr;
+    if (dot != std::string::npos && dot >= kOptimizer.size()) {
+      auto& state = by_name[name.substr(kOptimizer.size(), dot - kOptimizer.size())];
+      optim::for_each_tensor(state, [&](const char* key, at::Tensor& tensor) {
+        if (name.substr(dot + 1) == key) place = &tensor;
+      });
+    }
     TORCH_CHECK_VALUE(place && value.is_floating_point(), what,
                       ": the optimizer's state must be floating-point latent, scale, momentum_buffer, step, "
                       "got '",
@@ -191,19 +187,20 @@ std::vector<BCGDParamState> optimizer_states(const std::string& what, const Tens
   return states;
 }
 
-// Gives the generators their states; where one is refused all are as they were.
-void restore_generators(const std::string& what, const torch::nn::Module& model, const Tensors& saved) {
-  std::vector<std::pair<at::Generator, at::Tensor>> before;
+// Gives the model, whose tensors are `own`, these values.
+void set_state(const std::string& what, const torch::nn::Module& model, const Tensors& own,
+               const Tensors& values) {
   for_each_generator(model, [&](const std::string& name, at::Generator generator) {
-    before.emplace_back(generator, generator.get_state());
     try {
-      generator.set_state(saved.at(name));
+      generator.set_state(values.at(name));
     } catch (const c10::Error& error) {
-      for (auto& [done, state] : before) done.set_state(state);
       TORCH_CHECK_VALUE(false, what, ": '", name, "' must be the state of a generator on ",
                         generator.device(), ": ", error.what_without_backtrace());
     }
   });
+  for (auto [name, value] : own) {
+    if (!is_extra_state(name)) value.copy_(values.at(name));
+  }
 }
 
 }  // namespace
@@ -223,18 +220,17 @@ TensorFile checkpoint_of(const torch::nn::Module& model, const BCGD* optimizer) 
   for (const auto& [name, param, options] : params) {
     const auto found = optimizer->state().find(param.unsafeGetTensorImpl());
     if (found == optimizer->state().end()) continue;
-    auto state = static_cast<const BCGDParamState&>(*found->second);
-    for (const auto* key : {"latent", "scale", "momentum_buffer", "step"}) {
-      if (const auto& value = *member(state, key); value.defined())
-        file.tensors[kOptimizer + name + "." + key] = value;
-    }
+    optim::for_each_tensor(static_cast<const BCGDParamState&>(*found->second),
+                           [&, &name = name](const char* key, const at::Tensor& value) {
+                             if (value.defined()) file.tensors[kOptimizer + name + "." + key] = value;
+                           });
   }
   return file;
 }
 
 void restore_checkpoint(const TensorFile& file, torch::nn::Module& model, BCGD* optimizer,
                         const std::string& what) {
-  if (optimizer) optimizer->refuse_swapped("load_checkpoint");
+  if (optimizer) optimizer->refuse_swapped(what);
   auto tensors = file.tensors;
   Tensors of_optimizer;
   const auto format = file.metadata.find("format");
@@ -252,15 +248,22 @@ void restore_checkpoint(const TensorFile& file, torch::nn::Module& model, BCGD* 
   check_model_state(what, tensors, own);
   std::vector<BCGDParamState> states;
   if (optimizer) {
-    states = optimizer_states(what, of_optimizer, file.metadata, named_params(what, model, *optimizer));
-    optimizer->check_states(states);
+    const auto params = named_params(what, model, *optimizer);
+    states = optimizer_states(what, of_optimizer, file.metadata, params);
+    std::vector<std::string> names;
+    for (const auto& param : params) names.push_back(param.name);
+    optimizer->check_states(states, what, names);
   }
-  restore_generators(what, model, tensors);
   const torch::NoGradGuard no_grad;
-  for (auto& [name, value] : own) {
-    if (name != kExtraState && !name.ends_with("." + kExtraState)) value.copy_(tensors.at(name));
+  Tensors before;
+  for (const auto& [name, value] : own) before[name] = value.clone();
+  try {
+    set_state(what, model, own, tensors);
+    if (optimizer) optimizer->restore(states);
+  } catch (...) {
+    set_state(what, model, own, before);
+    throw;
   }
-  if (optimizer) optimizer->restore(states);
 }
 
 void save_checkpoint(const std::string& path, const torch::nn::Module& model, const BCGD* optimizer) {

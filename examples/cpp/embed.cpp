@@ -10,7 +10,7 @@
 #include "lenet5.h"
 
 int main(int argc, char** argv) try {
-  if (argc != 2) throw std::runtime_error("usage: embed FILE.safetensors");
+  TORCH_CHECK_VALUE(argc == 2, "usage: embed FILE.safetensors");
   const torch::NoGradGuard no_grad;
   auto net = lenet5(/*act_bits=*/2);
   torchqat::load_checkpoint(argv[1], *net);
@@ -30,8 +30,5 @@ int main(int argc, char** argv) try {
   std::cout << "class " << x.argmax().item<int>() << std::endl;
 } catch (const c10::Error& error) {
   std::cerr << "embed: " << error.what_without_backtrace() << std::endl;
-  return 1;
-} catch (const std::exception& error) {
-  std::cerr << "embed: " << error.what() << std::endl;
   return 1;
 }

@@ -2,6 +2,7 @@
 // operators need none of it.
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torchqat/optim/latents.h>
 #include <torchqat/torchqat.h>
 
 namespace py = pybind11;
@@ -33,24 +34,18 @@ ParamGroup group_of(const py::dict& from) {
   ParamGroup group;
   for (const auto& [key, value] : from) {
     const auto name = key.cast<std::string>();
-    if (name == "name")
-      group.name = value.cast<std::string>();
-    else if (name == "params")
-      group.params = value.cast<std::vector<at::Tensor>>();
-    else if (name == "quant_bits")
-      group.quant_bits = value.cast<std::optional<int64_t>>();
-    else if (name == "channel_dim")
-      group.channel_dim = value.cast<std::optional<int64_t>>();
-    else if (name == "method")
-      group.method = value.cast<std::string>();
-    else if (name == "min_value")
-      group.min_value = value.cast<std::optional<double>>();
-    else if (name == "lr")
-      group.lr = value.cast<std::optional<double>>();
-    else if (name == "weight_decay")
-      group.weight_decay = value.cast<std::optional<double>>();
-    else
-      throw py::value_error("BCGD: a group has no key '" + name + "'");
+    const auto take = [&]<typename T>(const char* known, T& field) {
+      if (name != known) return false;
+      field = value.template cast<T>();
+      return true;
+    };
+    const bool known =
+        take("name", group.name) || take("params", group.params) || take("quant_bits", group.quant_bits) ||
+        take("channel_dim", group.channel_dim) || take("method", group.method) ||
+        take("min_value", group.min_value) || take("lr", group.lr) || take("momentum", group.momentum) ||
+        take("dampening", group.dampening) || take("weight_decay", group.weight_decay) ||
+        take("nesterov", group.nesterov) || take("blend", group.blend) || take("maximize", group.maximize);
+    if (!known) throw py::value_error("BCGD: a group has no key '" + name + "'");
   }
   return group;
 }
@@ -73,14 +68,10 @@ py::dict state(BCGD& optimizer, const at::Tensor& param) {
   py::dict result;
   const auto found = optimizer.state().find(param.unsafeGetTensorImpl());
   if (found == optimizer.state().end()) return result;
-  const auto& state = static_cast<const BCGDParamState&>(*found->second);
-  const auto add = [&](const char* key, const at::Tensor& value) {
-    if (value.defined()) result[key] = value;
-  };
-  add("latent", state.latent());
-  add("scale", state.scale());
-  add("momentum_buffer", state.momentum_buffer());
-  add("step", state.step());
+  torchqat::optim::for_each_tensor(static_cast<const BCGDParamState&>(*found->second),
+                                   [&](const char* key, const at::Tensor& value) {
+                                     if (value.defined()) result[key] = value;
+                                   });
   return result;
 }
 
@@ -90,7 +81,7 @@ PYBIND11_MODULE(_bindings, m) {
   m.doc() = "C++ objects of torchqat.";
   m.def("build_info", build_info, "torchqat::build_info()");
   py::class_<BCGD>(m, "BCGD", "torchqat::optim::BCGD")
-      .def(py::init(&make_bcgd), py::arg("groups"), py::arg("lr"), py::arg("momentum") = 0.0,
+      .def(py::init(&make_bcgd), py::arg("params"), py::arg("lr"), py::arg("momentum") = 0.0,
            py::arg("dampening") = 0.0, py::arg("weight_decay") = 0.0, py::arg("nesterov") = false,
            py::kw_only(), py::arg("blend") = 1e-5, py::arg("maximize") = false)
       .def(

@@ -2,7 +2,7 @@
 // bit:
 //   train_steps IN.safetensors OUT.safetensors
 // IN has images (steps, batch, 1, 28, 28), labels (steps, batch), and the states of both networks under
-// `teacher.` and `student.`; OUT gets the loss of each step and a checkpoint of the student.
+// `teacher.` and `student.`; OUT gets a checkpoint of the student, OUT.losses the loss of each step.
 #include <torch/utils.h>
 
 #include <iostream>
@@ -53,9 +53,8 @@ int main(int argc, char** argv) try {
     optimizer.step();
     losses.push_back(loss.detach());
   }
-  auto out = torchqat::checkpoint_of(*student, &optimizer);
-  out.tensors["losses"] = at::stack(losses);
-  torchqat::save_safetensors(argv[2], out);
+  torchqat::save_checkpoint(argv[2], *student, &optimizer);
+  torchqat::save_safetensors(std::string(argv[2]) + ".losses", {{{"losses", at::stack(losses)}}, {}});
 } catch (const c10::Error& error) {
   std::cerr << error.what_without_backtrace() << std::endl;
   return 1;

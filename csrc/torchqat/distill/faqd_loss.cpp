@@ -61,8 +61,15 @@ at::Tensor affinity(const std::vector<std::pair<at::Tensor, at::Tensor>>& featur
                     "faqd_loss: features must hold at least one pair where lambda_fa > 0, got none; "
                     "lambda_fa=0 does without");
   at::Tensor sum;
-  for (const auto& [student, teacher] : features) {
-    const auto loss = options.fa() ? options.fa()(student, teacher) : feature_affinity_loss(student, teacher);
+  for (size_t pair = 0; pair < features.size(); ++pair) {
+    const auto& [student, teacher] = features[pair];
+    at::Tensor loss;
+    try {
+      loss = options.fa() ? options.fa()(student, teacher) : feature_affinity_loss(student, teacher);
+    } catch (c10::Error& error) {
+      error.add_context(c10::str("in pair ", pair, " of features"));
+      throw;
+    }
     TORCH_CHECK_VALUE(loss.dim() == 0, "faqd_loss: fa must return a 0-dim loss, got shape ", loss.sizes());
     sum = sum.defined() ? sum + loss : loss;
   }

@@ -18,7 +18,8 @@
 // and QuantMaxPool2d may lie between) is found out at each call; with any other input they are the plain
 // layers. What writes into an activation behind autograd's back, through data pointers, is not seen.
 // They are classes of their own: as<torch::nn::Conv2d>() finds none of them, but for QuantLinear, which is a
-// torch::nn::Linear. (Each has its own forward: Sequential::at<Class> does not compile with an inherited one.)
+// torch::nn::Linear. (Each has its own forward: Sequential::at<Class> does not compile with an inherited
+// one.)
 
 namespace torchqat::nn {
 

@@ -3,52 +3,18 @@
 #include <ATen/ATen.h>
 #include <torch/utils.h>
 
-#include <cmath>
 #include <map>
 #include <memory>
-#include <set>
-#include <sstream>
+#include <string>
 
 #include "torchqat/ops/bcgd_step.h"
+#include "torchqat/optim/checks.h"
 #include "torchqat/optim/latents.h"
 
 namespace torchqat::optim {
 namespace {
 
 using torch::optim::OptimizerParamGroup;
-
-const BCGDOptions& options_of(const OptimizerParamGroup& group) {
-  const auto* options = dynamic_cast<const BCGDOptions*>(&group.options());
-  TORCH_CHECK_TYPE(options, "BCGD: the options of a group must be BCGDOptions");
-  return *options;
-}
-
-void check_options(const BCGDOptions& o) {
-  const auto at_least_0 = [](const char* name, double value) {
-    TORCH_CHECK_VALUE(value >= 0, "BCGD: ", name, " must be at least 0, got ", value);
-  };
-  at_least_0("lr", o.lr());
-  at_least_0("momentum", o.momentum());
-  at_least_0("weight_decay", o.weight_decay());
-  TORCH_CHECK_VALUE(o.blend() >= 0 && o.blend() <= 1, "BCGD: blend must be in 0..1, got ", o.blend());
-  TORCH_CHECK_VALUE(!o.nesterov() || (o.momentum() > 0 && o.dampening() == 0),
-                    "BCGD: Nesterov momentum requires a momentum and zero dampening");
-}
-
-void check_group(const BCGDOptions& o, const std::vector<at::Tensor>& params) {
-  check_options(o);
-  for (const auto& p : params)
-    TORCH_CHECK_VALUE(p.defined() && p.is_leaf(), "BCGD: parameters must be leaf tensors, got ",
-                      p.defined() ? "another" : "an undefined one");
-  if (!o.quant_bits()) return;
-  TORCH_CHECK_VALUE(*o.quant_bits() >= 1 && *o.quant_bits() <= 8, "BCGD: quant_bits must be in 1..8, got ",
-                    *o.quant_bits());
-  TORCH_CHECK_VALUE(!o.min_value(), "BCGD: min_value is for groups without quant_bits");
-  for (const auto& p : params)
-    TORCH_CHECK_TYPE(p.is_floating_point(),
-                     "BCGD: parameters of a group with quant_bits must be floating point, got ",
-                     p.scalar_type());
-}
 
 // All options of a group: what it says, and the rest as the optimizer has it.
 BCGDOptions completed(const ParamGroup& group, const BCGDOptions& defaults) {
@@ -59,92 +25,24 @@ BCGDOptions completed(const ParamGroup& group, const BCGDOptions& defaults) {
       .method(group.method)
       .min_value(group.min_value)
       .lr(group.lr.value_or(defaults.lr()))
-      .weight_decay(group.weight_decay.value_or(defaults.weight_decay()));
+      .momentum(group.momentum.value_or(defaults.momentum()))
+      .dampening(group.dampening.value_or(defaults.dampening()))
+      .weight_decay(group.weight_decay.value_or(defaults.weight_decay()))
+      .nesterov(group.nesterov.value_or(defaults.nesterov()))
+      .blend(group.blend.value_or(defaults.blend()))
+      .maximize(group.maximize.value_or(defaults.maximize()));
   return options;
 }
 
-template <typename T>
-std::string shown(const std::optional<T>& value) {
-  return value ? c10::str(*value) : "None";
-}
-
-// What a saved state must have been quantized as to fit.
-std::string quantization(const BCGDOptions& o) {
-  return c10::str("quant_bits=", shown(o.quant_bits()), ", channel_dim=", shown(o.channel_dim()),
-                  ", method=", o.method());
-}
-
-// What torch's own loading writes into: groups of as many parameters as an optimizer's.
-struct SavedOptimizer : torch::optim::Optimizer {
-  SavedOptimizer(const std::vector<OptimizerParamGroup>& groups,
-                 const torch::optim::OptimizerOptions& defaults)
-      : Optimizer(std::vector<OptimizerParamGroup>{}, defaults.clone()) {
-    for (const auto& group : groups) {
-      std::vector<at::Tensor> stand_ins;
-      for (size_t i = 0; i < group.params().size(); ++i) stand_ins.push_back(at::empty({0}));
-      add_param_group(OptimizerParamGroup(std::move(stand_ins)));
-    }
-  }
-  at::Tensor step(LossClosure) override { return {}; }
-};
-
 }  // namespace
-
-// ------------------------------------------------------------------------------------ options and state
-
-double BCGDOptions::get_lr() const { return lr(); }
-
-void BCGDOptions::set_lr(double lr) { this->lr(lr); }
-
-void BCGDOptions::serialize(torch::serialize::OutputArchive& archive) const {
-  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(lr);
-  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(momentum);
-  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(dampening);
-  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(weight_decay);
-  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(nesterov);
-  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(blend);
-  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(maximize);
-  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(quant_bits);
-  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(channel_dim);
-  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(method);
-  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(min_value);
-  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(name);
-}
-
-void BCGDOptions::serialize(torch::serialize::InputArchive& archive) {
-  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, lr);
-  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, momentum);
-  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, dampening);
-  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, weight_decay);
-  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, nesterov);
-  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, blend);
-  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, maximize);
-  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG_OPTIONAL(int64_t, quant_bits);
-  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG_OPTIONAL(int64_t, channel_dim);
-  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(std::string, method);
-  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG_OPTIONAL(double, min_value);
-  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(std::string, name);
-}
-
-void BCGDParamState::serialize(torch::serialize::OutputArchive& archive) const {
-  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(latent);
-  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(scale);
-  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(momentum_buffer);
-  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(step);
-}
-
-void BCGDParamState::serialize(torch::serialize::InputArchive& archive) {
-  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(at::Tensor, latent);
-  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(at::Tensor, scale);
-  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(at::Tensor, momentum_buffer);
-  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(at::Tensor, step);
-}
-
-// ---------------------------------------------------------------------------------- making the optimizer
 
 BCGD::BCGD(const std::vector<ParamGroup>& param_groups, const BCGDOptions& defaults)
     : Optimizer(std::vector<OptimizerParamGroup>{}, std::make_unique<BCGDOptions>(defaults)) {
   check_options(defaults);
+  const BCGDOptions none(0);
+  TORCH_CHECK_VALUE(!defaults.min_value() && quantization(defaults) == quantization(none),
+                    "BCGD: the options of all ParamGroups must say nothing of quantization, got ",
+                    quantization(defaults), "; give it to a group");
   for (const auto& group : param_groups) add_param_group(group);
 }
 
@@ -172,16 +70,7 @@ void BCGD::add_param_group(const ParamGroup& group) {
 void BCGD::add_param_group(const OptimizerParamGroup& group) {
   const auto options =
       group.has_options() ? options_of(group) : static_cast<const BCGDOptions&>(this->defaults());
-  check_group(options, group.params());
-  std::set<const void*> known;
-  for (const auto& other : param_groups_) {
-    for (const auto& p : other.params()) known.insert(p.unsafeGetTensorImpl());
-  }
-  for (const auto& p : group.params()) {
-    TORCH_CHECK_VALUE(known.insert(p.unsafeGetTensorImpl()).second,
-                      "BCGD: a parameter must be in one group, once; one of shape ", p.sizes(),
-                      " is there twice");
-  }
+  check_group(options, group.params(), param_groups_);
   Optimizer::add_param_group(group);
   auto& added = param_groups_.back();
   // torch 2.13 and newer drop options of classes that they do not know.
@@ -191,13 +80,14 @@ void BCGD::add_param_group(const OptimizerParamGroup& group) {
   for (const auto& p : added.params()) items.push_back({p, &options_of(added)});
   try {
     adopt(items);
+    for (const auto& [p, o] : items) {
+      if (was_quantized(p, state_of(p), *o)) starts_quantized_.push_back(p);
+    }
   } catch (...) {
-    for (const auto& p : added.params()) state_.erase(p.unsafeGetTensorImpl());  // else they could not be added again
+    for (const auto& p : added.params())
+      state_.erase(p.unsafeGetTensorImpl());  // else they could not be added again
     param_groups_.pop_back();
     throw;
-  }
-  for (const auto& [p, o] : items) {
-    if (was_quantized(p, state_of(p), *o)) starts_quantized_.push_back(p);
   }
 }
 
@@ -208,15 +98,15 @@ BCGDParamState& BCGD::state_of(const at::Tensor& param) {
 }
 
 const at::Tensor& BCGD::latent(const at::Tensor& param) const {
-  const auto found = state_.find(param.unsafeGetTensorImpl());
-  const auto* state =
-      found == state_.end() ? nullptr : static_cast<const BCGDParamState*>(found->second.get());
-  TORCH_CHECK_VALUE(state && state->latent().defined(),
+  TORCH_CHECK_VALUE(has_latent(param),
                     "BCGD: latent is for parameters of groups with quant_bits, got another");
-  return state->latent();
+  return static_cast<const BCGDParamState&>(*state_.find(param.unsafeGetTensorImpl())->second).latent();
 }
 
-// ---------------------------------------------------------------------------------- changes from outside
+bool BCGD::has_latent(const at::Tensor& param) const {
+  const auto found = state_.find(param.unsafeGetTensorImpl());
+  return found != state_.end() && static_cast<const BCGDParamState&>(*found->second).latent().defined();
+}
 
 std::vector<BCGD::Item> BCGD::quantized() const {
   std::vector<Item> items;
@@ -237,11 +127,11 @@ std::vector<BCGD::Item> BCGD::changed(const std::vector<Item>& items) {
   std::vector<Item> found;
   for (const auto& item : items) {
     const auto& p = item.param;
-    auto& state = state_of(p);
-    if (!state.latent().defined()) {
+    if (!has_latent(p)) {
       found.push_back(item);
       continue;
     }
+    auto& state = state_of(p);
     const auto now = std::pair(static_cast<uint32_t>(p._version()), p.const_data_ptr());
     const auto left = left_.find(p.unsafeGetTensorImpl());
     if (left != left_.end() && left->second == now) continue;
@@ -257,13 +147,16 @@ std::vector<BCGD::Item> BCGD::changed(const std::vector<Item>& items) {
 // Makes the values of these parameters their latents, and quantizes the parameters.
 void BCGD::adopt(const std::vector<Item>& items, bool warn) {
   const torch::NoGradGuard no_grad;
-  size_t lost = 0;
-  for (const auto& item : items) lost += state_of(item.param).latent().defined();
-  if (warn && lost && !warned_) {
-    TORCH_WARN("BCGD: ", lost,
-               " parameter(s) changed outside the optimizer: their float latents are dropped and start again "
-               "from the new values. Load a checkpoint into both model and optimizer to go on with its "
-               "latents. (Warned of once.)");
+  std::vector<at::Tensor> lost;
+  for (const auto& [p, options] : items) {
+    if (has_latent(p)) lost.push_back(p);
+  }
+  if (warn && !lost.empty() && !warned_) {
+    TORCH_WARN(
+        "BCGD: ", lost.size(), " parameter(s) changed outside the optimizer, the first of shape ",
+        lost[0].sizes(),
+        ": their float latents are dropped and start again from the new values. Load a checkpoint into "
+        "both model and optimizer to go on with its latents. (Warned of once.)");
     warned_ = true;
   }
   // All projections before any change: a bad option throws with nothing done.
@@ -285,17 +178,18 @@ void BCGD::refresh() {
   adopt(changed(quantized()), /*warn=*/false);
 }
 
-void BCGD::refuse_swapped(const char* what) const {
+void BCGD::refuse_swapped(const std::string& what) const {
   TORCH_CHECK(!swapped_, "BCGD: ", what,
               " must not be called while latents() lives: the parameters hold latents");
 }
 
 void BCGD::warn_of_quantized_starts() {
   if (starts_quantized_.empty()) return;
-  TORCH_WARN("BCGD: ", starts_quantized_.size(),
-             " parameter(s) held quantized values when this optimizer was made: their float latents start "
-             "from those. If an earlier BCGD quantized them, its latents are not used. Go on with that "
-             "optimizer, or load its state into this one.");
+  TORCH_WARN("BCGD: ", starts_quantized_.size(), " parameter(s), the first of shape ",
+             starts_quantized_[0].sizes(),
+             ", held quantized values when this optimizer was made: their float latents start from those. If "
+             "an earlier BCGD quantized them, its latents are not used. Go on with that optimizer, load its "
+             "state into this one, or copy its latent(p) into each parameter p before this one is made.");
   starts_quantized_.clear();
 }
 
@@ -306,10 +200,17 @@ BCGD::Latents::Latents(BCGD& optimizer) : optimizer_(optimizer) {
   optimizer.adopt(optimizer.changed(items));
   for (const auto& item : items) held_.emplace_back(item.param, item.param.detach().clone());
   optimizer.swapped_ = true;
-  for (auto& [p, w] : held_) p.copy_(optimizer.latent(p));
+  try {
+    for (auto& [p, w] : held_) p.copy_(optimizer.latent(p));
+  } catch (...) {
+    give_back();
+    throw;
+  }
 }
 
-BCGD::Latents::~Latents() {
+BCGD::Latents::~Latents() { give_back(); }
+
+void BCGD::Latents::give_back() {
   const torch::NoGradGuard no_grad;
   for (auto& [p, w] : held_) {
     p.copy_(w);
@@ -317,8 +218,6 @@ BCGD::Latents::~Latents() {
   }
   optimizer_.swapped_ = false;
 }
-
-// ------------------------------------------------------------------------------------------------- steps
 
 at::Tensor BCGD::step(LossClosure closure) {
   const torch::NoGradGuard no_grad;
@@ -400,92 +299,6 @@ void BCGD::quantized_step(const BCGDOptions& o, const std::vector<at::Tensor>& p
                o.nesterov(), o.blend(), o.maximize());
   }
   for (const auto& p : params) leave(p);
-}
-
-// ------------------------------------------------------------------------------------------- checkpoints
-
-void BCGD::save(torch::serialize::OutputArchive& archive) const {
-  torch::optim::serialize<BCGDParamState, BCGDOptions>(archive, *this);
-}
-
-void BCGD::load(torch::serialize::InputArchive& archive) {
-  refuse_swapped("load");
-  SavedOptimizer saved(param_groups_, defaults());
-  try {
-    torch::optim::serialize<BCGDParamState, BCGDOptions>(archive, saved);
-  } catch (const c10::Error& error) {
-    TORCH_CHECK_VALUE(false, "BCGD: load: the archive must be of a BCGD with the same groups: ",
-                      error.what_without_backtrace());
-  }
-  std::vector<BCGDParamState> states;
-  for (size_t i = 0; i < param_groups_.size(); ++i) {
-    const auto& ours = options_of(param_groups_[i]);
-    const auto& theirs = options_of(saved.param_groups()[i]);
-    TORCH_CHECK_VALUE(
-        (!ours.quant_bits() && !theirs.quant_bits()) || quantization(ours) == quantization(theirs),
-        "BCGD: group ", i, " of the archive must be quantized as ", quantization(ours), ", got ",
-        quantization(theirs));
-    for (const auto& p : saved.param_groups()[i].params()) {
-      const auto state = saved.state().find(p.unsafeGetTensorImpl());
-      states.push_back(state == saved.state().end() ? BCGDParamState()
-                                                    : static_cast<const BCGDParamState&>(*state->second));
-    }
-  }
-  restore(states);
-  for (size_t i = 0; i < param_groups_.size(); ++i)
-    static_cast<BCGDOptions&>(param_groups_[i].options()) = options_of(saved.param_groups()[i]);
-}
-
-void BCGD::check_states(const std::vector<BCGDParamState>& states) const {
-  size_t count = 0;
-  for (const auto& group : param_groups_) count += group.params().size();
-  TORCH_CHECK_VALUE(states.size() == count, "BCGD: there must be ", count, " states, got ", states.size());
-  size_t number = 0;
-  for (const auto& group : param_groups_) {
-    const auto& options = options_of(group);
-    for (const auto& p : group.params()) {
-      const auto& state = states[number];
-      const auto fits = [&](const char* key, const at::Tensor& value, at::IntArrayRef shape) {
-        TORCH_CHECK_VALUE(!value.defined() || value.sizes() == shape, "BCGD: ", key, " of parameter ", number,
-                          " in the state must have shape ", shape, ", got ", value.sizes(),
-                          ": another model's?");
-      };
-      std::vector<int64_t> channels;
-      if (options.quant_bits()) {
-        TORCH_CHECK_VALUE(state.latent().defined() && state.scale().defined(),
-                          "BCGD: the state has no latent and scale for parameter ", number,
-                          ", which is quantized");
-        TORCH_CHECK_VALUE(state.momentum_buffer().defined() == state.step().defined(),
-                          "BCGD: the state has only one of momentum_buffer and step for parameter ", number);
-        if (options.channel_dim()) channels.push_back(p.size(*options.channel_dim()));
-      }
-      fits("latent", state.latent(), p.sizes());
-      fits("momentum_buffer", state.momentum_buffer(), p.sizes());
-      fits("scale", state.scale(), channels);
-      fits("step", state.step(), {});
-      ++number;
-    }
-  }
-}
-
-void BCGD::restore(const std::vector<BCGDParamState>& states) {
-  const torch::NoGradGuard no_grad;
-  refuse_swapped("restore");
-  check_states(states);
-  starts_quantized_.clear();
-  auto saved = states.begin();
-  for (const auto& group : param_groups_) {
-    const auto& options = options_of(group);
-    for (auto p : group.params()) {
-      auto& state = state_of(p) = restored(p, *saved++);
-      if (!options.quant_bits()) {
-        if (!state.momentum_buffer().defined()) state_.erase(p.unsafeGetTensorImpl());  // as before a first step
-        continue;
-      }
-      if (!holds_projection(p, state, options)) p.copy_(projection(state, options));
-      leave(p);
-    }
-  }
 }
 
 }  // namespace torchqat::optim

@@ -42,7 +42,8 @@ struct TORCHQAT_API BCGDOptions : public torch::optim::OptimizerCloneableOptions
   void set_lr(double lr) override;
 };
 
-// A group of parameters as Python has it: what is not said is as the optimizer has it.
+// A group of parameters as Python has it. Rates and the like that are not said are the optimizer's; without
+// quant_bits it is a plain group, and meant so: nothing warns of it.
 struct ParamGroup {
   std::string name = {};
   std::vector<at::Tensor> params = {};
@@ -51,7 +52,12 @@ struct ParamGroup {
   std::string method = "exact";
   std::optional<double> min_value = std::nullopt;
   std::optional<double> lr = std::nullopt;
+  std::optional<double> momentum = std::nullopt;
+  std::optional<double> dampening = std::nullopt;
   std::optional<double> weight_decay = std::nullopt;
+  std::optional<bool> nesterov = std::nullopt;
+  std::optional<double> blend = std::nullopt;
+  std::optional<bool> maximize = std::nullopt;
 };
 
 // Of a quantized parameter: `latent` (its shape), `scale` (0-dim or one per channel) and with momentum
@@ -81,6 +87,7 @@ struct TORCHQAT_API BCGDParamState : public torch::optim::OptimizerCloneablePara
 // Groups without quant_bits take the step of torch::optim::SGD, bit for bit.
 class TORCHQAT_API BCGD : public torch::optim::Optimizer {
  public:
+  // `defaults` say nothing of quantization then: the groups do.
   BCGD(const std::vector<ParamGroup>& param_groups, const BCGDOptions& defaults);
   // Groups with options of their own, which are then complete BCGDOptions.
   BCGD(const std::vector<torch::optim::OptimizerParamGroup>& param_groups, const BCGDOptions& defaults);
@@ -97,7 +104,8 @@ class TORCHQAT_API BCGD : public torch::optim::Optimizer {
   // The float latent of a quantized parameter: the optimizer's own tensor.
   const at::Tensor& latent(const at::Tensor& param) const;
 
-  // While it lives, the quantized parameters hold their latents; then each gets back what it held.
+  // While it lives, the quantized parameters hold their latents; then each gets back what it held. The
+  // optimizer must stay where it is.
   class TORCHQAT_API Latents {
    public:
     explicit Latents(BCGD& optimizer);
@@ -106,6 +114,7 @@ class TORCHQAT_API BCGD : public torch::optim::Optimizer {
     ~Latents();
 
    private:
+    void give_back();
     BCGD& optimizer_;
     std::vector<std::pair<at::Tensor, at::Tensor>> held_;  // the parameter, its values
   };
@@ -114,13 +123,15 @@ class TORCHQAT_API BCGD : public torch::optim::Optimizer {
   // Compares every quantized parameter with its latent and gives those that differ a new one, silently.
   void refresh();
 
-  // What load() and load_checkpoint() end in. Takes over states, one for each parameter in the order of the
+  // For other formats of files than LibTorch's. Takes over states, one for each parameter in the order of the
   // groups; the parameters then hold the projections of the latents. Throws with nothing changed.
   void restore(const std::vector<BCGDParamState>& states);
-  // Throws where the states are not those of parameters like the optimizer's.
-  void check_states(const std::vector<BCGDParamState>& states) const;
+  // Throws where the states are not those of parameters like the optimizer's. `what` begins the message, and
+  // names, where there are any, are what it calls the parameters.
+  void check_states(const std::vector<BCGDParamState>& states, const std::string& what = "BCGD",
+                    const std::vector<std::string>& names = {}) const;
   // Throws in the name of `what` while latents() lives.
-  void refuse_swapped(const char* what) const;
+  void refuse_swapped(const std::string& what) const;
 
  private:
   struct Item {
@@ -128,6 +139,7 @@ class TORCHQAT_API BCGD : public torch::optim::Optimizer {
     const BCGDOptions* options;
   };
   BCGDParamState& state_of(const at::Tensor& param);
+  bool has_latent(const at::Tensor& param) const;
   std::vector<Item> quantized() const;
   std::vector<Item> changed(const std::vector<Item>& items);
   void adopt(const std::vector<Item>& items, bool warn = true);

@@ -84,8 +84,8 @@ void fit_to(const at::Tensor& param, BCGDParamState& state) {
   if (state.step().defined()) state.step(state.step().to(param.device()));
 }
 
-BCGDParamState restored(const at::Tensor& param, const BCGDParamState& saved) {
-  const auto dtype = compute_dtype(param);
+BCGDParamState restored(const at::Tensor& param, const BCGDParamState& saved, const BCGDOptions& options) {
+  const auto dtype = options.quant_bits() ? compute_dtype(param) : param.scalar_type();
   const auto like_param = [&](const at::Tensor& t) {
     return t.defined() ? at::empty_like(param.detach(), dtype).copy_(t) : at::Tensor();
   };
@@ -97,6 +97,12 @@ BCGDParamState restored(const at::Tensor& param, const BCGDParamState& saved) {
       .momentum_buffer(like_param(saved.momentum_buffer()))
       .scale(moved(saved.scale(), dtype))
       .step(moved(saved.step(), at::kFloat));
+}
+
+std::string quantization(const BCGDOptions& options) {
+  const auto or_none = [](const auto& value) { return value ? c10::str(*value) : "None"; };
+  return c10::str("quant_bits=", or_none(options.quant_bits()),
+                  ", channel_dim=", or_none(options.channel_dim()), ", method=", options.method());
 }
 
 }  // namespace torchqat::optim

@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include <string>
+
 #include "torchqat/optim/bcgd.h"
 
 // A parameter and its float latent: making them, comparing them.
@@ -32,7 +34,20 @@ bool was_quantized(const at::Tensor& param, const BCGDParamState& state, const B
 // Moves the state to the parameter's device and dtype, where the model was moved or cast meanwhile.
 void fit_to(const at::Tensor& param, BCGDParamState& state);
 
-// A copy of a saved state, in the dtype of computation and with the parameter's strides.
-BCGDParamState restored(const at::Tensor& param, const BCGDParamState& saved);
+// A copy of a saved state with the parameter's strides: of a quantized one in the dtype of computation, of a
+// plain one in the parameter's.
+BCGDParamState restored(const at::Tensor& param, const BCGDParamState& saved, const BCGDOptions& options);
+
+// What a saved state must have been quantized as to fit, as text.
+std::string quantization(const BCGDOptions& options);
+
+// Calls f(its name, the tensor) for each tensor of a state, defined or not.
+template <typename State, typename F>
+void for_each_tensor(State& state, F&& f) {
+  f("latent", state.latent());
+  f("scale", state.scale());
+  f("momentum_buffer", state.momentum_buffer());
+  f("step", state.step());
+}
 
 }  // namespace torchqat::optim

@@ -24,4 +24,6 @@ def test_the_file_is_what_the_oracles_compute(name, written):
     for key, value in kept.items():
         # float64 holds sums and exponentials, whose last bits another CPU may compute otherwise.
         rtol, atol = (1e-13, 1e-15) if value.dtype == torch.float64 else (0, 0)
-        torch.testing.assert_close(new[key], value, rtol=rtol, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            new[key], value, rtol=rtol, atol=atol, msg=lambda m, key=key: f"{key}: {m}"
+        )

@@ -2,8 +2,8 @@
 
     python tests/write_oracle_values.py [--out FOLDER]
 
-Nothing of the library takes part: tests/oracles.py, and torch for plain layers. Inputs are made of uniform numbers
-by exactly rounded operations, so that every CPU draws the same; what needs more than such operations is float64.
+Nothing of the library takes part: tests/oracles.py, and torch for plain layers. Inputs are made of uniform
+numbers by exactly rounded operations, so that every CPU draws the same; what needs more is float64.
 """
 
 import argparse
@@ -44,7 +44,9 @@ def staircase_relu():
             }
             for ste in STES:
                 real = x.double() if ste == "reverse_exponential" else x
-                grad_x, _ = oracles.staircase_grads(values["grad"].to(real.dtype), real, alpha, bits, ste, "min")
+                grad_x, _ = oracles.staircase_grads(
+                    values["grad"].to(real.dtype), real, alpha, bits, ste, "min"
+                )
                 values[f"{name}.{ste}.grad_x"] = grad_x
             for rule in RULES:
                 _, grad_alpha = oracles.staircase_grads(values["grad"], x, alpha, bits, "relu", rule)
@@ -105,7 +107,9 @@ def bcgd_steps(y, grads, bits, method, sgd):
     scale, levels = projected(y, bits, method)
     buffer = None
     for number, grad in enumerate(grads):
-        y, buffer = oracles.bcgd_latent(scale * levels, grad, y, buffer, number == 0, lr=LR, blend=BLEND, **sgd)
+        y, buffer = oracles.bcgd_latent(
+            scale * levels, grad, y, buffer, number == 0, lr=LR, blend=BLEND, **sgd
+        )
         new_scale, step, nearest = oracles.bcgd_projection(y, scale, bits, method)
         levels, scale = nearest(new_scale if step is None else step), new_scale
     return y, scale, levels, buffer
@@ -114,7 +118,7 @@ def bcgd_steps(y, grads, bits, method, sgd):
 def bcgd_step():
     latent, grads = uniform(3, 4, 3), uniform(STEPS, 3, 4, 3)
     values = {"latent": latent, "grads": grads}
-    for bits, method in [(bits, method) for bits in (1, 2, 3, 4, 8) for method in methods(bits)]:
+    for bits, method in [(b, method) for b in (1, 2, 3, 4, 8) for method in methods(b)]:
         for sgd, options in SGD.items():
             kinds = ("all", "channels") if sgd == "dampening" else ("all",) if method == "exact" else ()
             for kind in kinds:
@@ -170,7 +174,9 @@ MODULES = {  # options of the gradient of alpha: (alpha, scale, clip, min)
 
 def module_grads(grad, x, alpha, bits=2, scale=0.5, clip=math.inf):
     """The gradients of a StaircaseReLU's input and alpha."""
-    grad_x, grad_alpha = oracles.staircase_grads(grad, x.to(grad.dtype), alpha, bits, "clipped_relu", "three_valued")
+    grad_x, grad_alpha = oracles.staircase_grads(
+        grad, x.to(grad.dtype), alpha, bits, "clipped_relu", "three_valued"
+    )
     return grad_x, (scale * grad_alpha).clamp(-clip, clip)
 
 
@@ -260,7 +266,11 @@ def batch_norm():
     """Two batches in training, then one that is evaluated; and a convolution before it."""
     values = {}
     for dims, shape in (("1d", (6, 3)), ("1d_long", (3, 3, 4)), ("2d", (2, 3, 3, 4))):
-        for case, momentum, affine in (("plain", 0.1, True), ("mean", None, True), ("not_affine", 0.4, False)):
+        for case, momentum, affine in (
+            ("plain", 0.1, True),
+            ("mean", None, True),
+            ("not_affine", 0.4, False),
+        ):
             name = f"{dims}.{case}"
             mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
             params = [uniform(3), uniform(3)] if affine else []
@@ -275,9 +285,11 @@ def batch_norm():
             values |= {f"{name}.running_mean": mean, f"{name}.running_var": var}
 
     def convolved(y, w, b):
-        return F.batch_norm(F.conv2d(y, w), None, None, b, training=True)
+        return F.batch_norm(F.conv2d(y, w), None, None, None, b, training=True)
 
-    values |= behind_a_staircase("conv", uniform(2, 4, 4, 5, high=1.5), convolved, uniform(3, 4, 2, 2), uniform(3))
+    values |= behind_a_staircase(
+        "conv", uniform(2, 4, 4, 5, high=1.5), convolved, uniform(3, 4, 2, 2), uniform(3)
+    )
     return values
 
 
@@ -327,7 +339,11 @@ def faqd_loss():
 
 def resize_like():
     values = {}
-    modes = {"1d": ("linear", (5,), (3,)), "2d": ("bilinear", (3, 4), (5, 2)), "3d": ("trilinear", (2, 3, 2), (3, 2, 4))}
+    modes = {
+        "1d": ("linear", (5,), (3,)),
+        "2d": ("bilinear", (3, 4), (5, 2)),
+        "3d": ("trilinear", (2, 3, 2), (3, 2, 4)),
+    }
     for name, (mode, size, like) in modes.items():
         features = uniform(2, 2, *size)
         values |= {f"{name}.features": features, f"{name}.like": uniform(1, 1, *like)}
@@ -338,7 +354,7 @@ def resize_like():
 
 
 def calibrate():
-    batches = uniform(2, 60, 3) + uniform(2, 60, 3) * torch.tensor([0.2, 1.0, 3.0])
+    batches = uniform(2, 500, 3) + uniform(2, 500, 3) * torch.tensor([0.2, 1.0, 3.0])
     values = {"batches": batches}
     for bits in (1, 2, 4, 8):
         for kind, parts in (("scalar", [batches]), ("channels", batches.unbind(2))):
@@ -363,6 +379,8 @@ def write(folder):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=FOLDER)
     write(parser.parse_args().out)

@@ -182,7 +182,8 @@ void BCGD::add_param_group(const OptimizerParamGroup& group) {
   try {
     adopt(items);
   } catch (...) {
-    for (const auto& p : added.params()) state_.erase(p.unsafeGetTensorImpl());  // else they could not be added again
+    // With a state they could not be added again.
+    for (const auto& p : added.params()) state_.erase(p.unsafeGetTensorImpl());
     param_groups_.pop_back();
     throw;
   }
@@ -470,7 +471,8 @@ void BCGD::restore(const std::vector<BCGDParamState>& states) {
     for (auto p : group.params()) {
       auto& state = state_of(p) = restored(p, *saved++);
       if (!options.quant_bits()) {
-        if (!state.momentum_buffer().defined()) state_.erase(p.unsafeGetTensorImpl());  // as before a first step
+        // As before a first step.
+        if (!state.momentum_buffer().defined()) state_.erase(p.unsafeGetTensorImpl());
         continue;
       }
       if (!holds_projection(p, state, options)) p.copy_(projection(state, options));

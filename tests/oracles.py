@@ -88,10 +88,9 @@ def step_size_error(x, steps, bits):
 
 def best_step_size(x, bits):
     """(step size of least error, that error), by trying many, then many around the best."""
-    high = x.double().max()
-    steps = torch.logspace(-4, 0, 8001, dtype=torch.float64, device=x.device) * high
+    steps = torch.logspace(-3.5, 0, 1001, dtype=torch.float64, device=x.device) * x.double().max()
     best = int(step_size_error(x, steps, bits).argmin())
-    low, high = steps[max(best - 1, 0)], steps[min(best + 1, 8000)]
+    low, high = steps[max(best - 3, 0)], steps[min(best + 3, 1000)]
     steps = low + (high - low) * torch.linspace(0, 1, 1001, dtype=torch.float64, device=x.device)
     errors = step_size_error(x, steps, bits)
     return steps[errors.argmin()], errors.min()

@@ -2,8 +2,8 @@
 
     python tests/write_oracle_values.py [--out FOLDER]
 
-Nothing of the library takes part: tests/oracles.py, and torch for plain layers. Inputs are made of uniform numbers
-by exactly rounded operations, so that every CPU draws the same; what needs more than such operations is float64.
+Nothing of the library takes part: tests/oracles.py, and torch for plain layers. Inputs are made of uniform
+numbers by exactly rounded operations, so that every CPU draws the same; what needs more is float64.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def bcgd_steps(y, grads, bits, method, sgd):
 def bcgd_step():
     latent, grads = uniform(3, 4, 3), uniform(STEPS, 3, 4, 3)
     values = {"latent": latent, "grads": grads}
-    for bits, method in [(bits, method) for bits in (1, 2, 3, 4, 8) for method in methods(bits)]:
+    for bits, method in [(b, method) for b in (1, 2, 3, 4, 8) for method in methods(b)]:
         for sgd, options in SGD.items():
             kinds = ("all", "channels") if sgd == "dampening" else ("all",) if method == "exact" else ()
             for kind in kinds:
@@ -285,7 +285,7 @@ def batch_norm():
             values |= {f"{name}.running_mean": mean, f"{name}.running_var": var}
 
     def convolved(y, w, b):
-        return F.batch_norm(F.conv2d(y, w), None, None, b, training=True)
+        return F.batch_norm(F.conv2d(y, w), None, None, None, b, training=True)
 
     values |= behind_a_staircase(
         "conv", uniform(2, 4, 4, 5, high=1.5), convolved, uniform(3, 4, 2, 2), uniform(3)
@@ -354,7 +354,7 @@ def resize_like():
 
 
 def calibrate():
-    batches = uniform(2, 60, 3) + uniform(2, 60, 3) * torch.tensor([0.2, 1.0, 3.0])
+    batches = uniform(2, 500, 3) + uniform(2, 500, 3) * torch.tensor([0.2, 1.0, 3.0])
     values = {"batches": batches}
     for bits in (1, 2, 4, 8):
         for kind, parts in (("scalar", [batches]), ("channels", batches.unbind(2))):

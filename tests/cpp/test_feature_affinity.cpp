@@ -1,11 +1,12 @@
-// The modules of torchqat::nn, and packed codes, as a LibTorch program uses them. Numbers are those of the
-// operators, which the Python tests hold to their oracles.
-#include <gtest/gtest.h>
+// The feature affinity losses as modules. Numbers are those of the operators, which test_ops.cpp holds to the
+// oracles.
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/serialize.h>
 #include <torchqat/torchqat.h>
 
 #include <sstream>
+
+#include "torch_checks.h"
 
 namespace {
 
@@ -78,53 +79,21 @@ TEST_F(Features, OptionsArePrinted) {
             "distribution=gaussian)");
 }
 
-template <typename F>
-std::string value_error(F&& f) {
-  try {
-    f();
-  } catch (const c10::ValueError& error) {
-    return error.what_without_backtrace();
-  }
-  return "no error";
-}
-
 TEST_F(Features, WrongOptionsAndFeaturesAreNamed) {
-  EXPECT_EQ(value_error([] { FeatureAffinityLoss(FeatureAffinityLossOptions().norm("l2")); }),
+  EXPECT_EQ(error_of([] { FeatureAffinityLoss(FeatureAffinityLossOptions().norm("l2")); }),
             "feature_affinity_loss: norm must be l1 or fro, got l2");
-  EXPECT_EQ(value_error([] { FastFeatureAffinityLoss(FastFeatureAffinityLossOptions().eps(-1)); }),
+  EXPECT_EQ(error_of([] { FastFeatureAffinityLoss(FastFeatureAffinityLossOptions().eps(-1)); }),
             "feature_affinity_loss: eps must be finite and >= 0, got -1");
-  EXPECT_EQ(value_error([] { FastFeatureAffinityLoss(FastFeatureAffinityLossOptions().probes(0)); }),
+  EXPECT_EQ(error_of([] { FastFeatureAffinityLoss(FastFeatureAffinityLossOptions().probes(0)); }),
             "FastFeatureAffinityLoss: probes must be at least 1, got 0");
   EXPECT_EQ(
-      value_error([] { FastFeatureAffinityLoss(FastFeatureAffinityLossOptions().distribution("cauchy")); }),
+      error_of([] { FastFeatureAffinityLoss(FastFeatureAffinityLossOptions().distribution("cauchy")); }),
       "FastFeatureAffinityLoss: unknown distribution 'cauchy'; choose one of gaussian, rademacher");
   FastFeatureAffinityLoss fast;
   const auto before = fast->generator.get_state();
-  EXPECT_EQ(value_error([&] { fast(student.flatten(1), teacher); }),
+  EXPECT_EQ(error_of([&] { fast(student.flatten(1), teacher); }),
             "feature_affinity_loss: student must have shape (batch, channels, *spatial), got [2, 210]");
   EXPECT_TRUE(at::equal(fast->generator.get_state(), before));
-}
-
-TEST(Layers, AreTakenOutOfASequentialByTheirClass) {
-  namespace qnn = torchqat::nn;
-  torch::nn::Sequential net(qnn::QuantConv1d(1, 1, 1), qnn::QuantConv2d(1, 1, 1), qnn::QuantLinear(1, 1),
-                            qnn::QuantMaxPool2d(1), qnn::QuantBatchNorm1d(1), qnn::QuantBatchNorm2d(1),
-                            qnn::StaircaseReLU(2));
-  EXPECT_EQ(net->at<qnn::QuantConv1dImpl>(0).weight.dim(), 3);
-  EXPECT_EQ(net->at<qnn::QuantConv2dImpl>(1).weight.dim(), 4);
-  EXPECT_EQ(net->at<qnn::QuantLinearImpl>(2).weight.dim(), 2);
-  EXPECT_FALSE(net->at<qnn::QuantMaxPool2dImpl>(3).options.ceil_mode());
-  EXPECT_EQ(net->at<qnn::QuantBatchNorm1dImpl>(4).weight.dim(), 1);
-  EXPECT_EQ(net->at<qnn::QuantBatchNorm2dImpl>(5).weight.dim(), 1);
-  EXPECT_EQ(net->at<qnn::StaircaseReLUImpl>(6).options.bits(), 2);
-}
-
-TEST(Codes, ArePackedAndUnpacked) {
-  const auto codes = at::arange(15).view({3, 5}).to(at::kByte);
-  const auto packed = torchqat::pack_codes(codes, 4);
-  EXPECT_EQ(packed.sizes(), at::IntArrayRef({8}));
-  EXPECT_EQ(packed[7].item<int>(), 14);
-  EXPECT_TRUE(at::equal(torchqat::unpack_codes(packed, 4, {3, 5}), codes));
 }
 
 }  // namespace

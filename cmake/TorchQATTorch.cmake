@@ -11,7 +11,8 @@
 #   4. in TorchQATConfig.cmake: the torch that the library itself loads (beside it in a wheel, else what it was built with)
 #   5. the torch of any Python 3.11 or newer that find_package(Python) finds
 #
-# Sets TORCHQAT_TORCH_DIR, TORCHQAT_TORCH_VERSION (2.15.0+cu132), TORCHQAT_TORCH_MINOR (2.15) and TORCHQAT_TORCH_CUDA
+# Where none is found, TORCHQAT_TORCH_PROBLEM says so, for the caller to raise. Else it is empty, and this sets
+# TORCHQAT_TORCH_DIR, TORCHQAT_TORCH_VERSION (2.15.0+cu132), TORCHQAT_TORCH_MINOR (2.15) and TORCHQAT_TORCH_CUDA
 # (13.2, or empty).
 
 # Where Python would import torch from, without importing it; empty where it has none.
@@ -51,9 +52,9 @@ function(_torchqat_look_for_torch library_loads out)
     endif()
   endif()
   if(NOT dir)
-    message(FATAL_ERROR "torchqat: no torch was found; name its folder (<site-packages>/torch, or LibTorch) with "
-      "-DTORCHQAT_TORCH_DIR=<folder>, a Python that has it with -DPython_EXECUTABLE=<python>, or add it to "
-      "CMAKE_PREFIX_PATH.")
+    set(TORCHQAT_TORCH_PROBLEM "torchqat: no torch was found; name its folder (<site-packages>/torch, or LibTorch) with \
+-DTORCHQAT_TORCH_DIR=<folder>, a Python that has it with -DPython_EXECUTABLE=<python>, or add it to CMAKE_PREFIX_PATH."
+      PARENT_SCOPE)
   endif()
   set(${out} "${dir}" PARENT_SCOPE)
 endfunction()
@@ -69,8 +70,9 @@ function(_torchqat_read_version)
     file(READ "${header}" text)
   endif()
   if(NOT text MATCHES "TORCH_VERSION_MAJOR ([0-9]+).*TORCH_VERSION_MINOR ([0-9]+).*TORCH_VERSION_PATCH ([0-9]+)")
-    message(FATAL_ERROR "torchqat: ${TORCHQAT_TORCH_DIR} is not the folder of a torch: a Python package's "
-      "(<site-packages>/torch) or LibTorch's, which have include/torch/headeronly/version.h.")
+    set(TORCHQAT_TORCH_PROBLEM "torchqat: ${TORCHQAT_TORCH_DIR} is not the folder of a torch: a Python package's \
+(<site-packages>/torch) or LibTorch's, which have include/torch/headeronly/version.h." PARENT_SCOPE)
+    return()
   endif()
   set(minor "${CMAKE_MATCH_1}.${CMAKE_MATCH_2}")
   set(version "${minor}.${CMAKE_MATCH_3}")
@@ -96,10 +98,13 @@ endfunction()
 
 # A macro, so that what it finds is known to the caller.
 macro(torchqat_find_torch library_loads)
+  set(TORCHQAT_TORCH_PROBLEM "")
   if(NOT TORCHQAT_TORCH_DIR)
     _torchqat_look_for_torch("${library_loads}" TORCHQAT_TORCH_DIR)
   endif()
-  _torchqat_read_version()
+  if(NOT TORCHQAT_TORCH_PROBLEM)
+    _torchqat_read_version()
+  endif()
 endmacro()
 
 # Sets `out` to the file of a library of torch.

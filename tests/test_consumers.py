@@ -205,6 +205,9 @@ FIND = f"""
 cmake_minimum_required(VERSION 3.25)
 include("{ROOT}/cmake/TorchQATTorch.cmake")
 torchqat_find_torch("${{LOADS}}")
+if(TORCHQAT_TORCH_PROBLEM)
+  message(FATAL_ERROR "${{TORCHQAT_TORCH_PROBLEM}}")
+endif()
 foreach(name DIR VERSION MINOR CUDA)
   message("<${{TORCHQAT_TORCH_${{name}}}}>")
 endforeach()
@@ -264,6 +267,13 @@ def test_no_torch_is_one_sentence_with_every_way_to_name_it(found):
         "-DTORCHQAT_TORCH_DIR=<folder>, a Python that has it with -DPython_EXECUTABLE=<python>, or add it to "
         "CMAKE_PREFIX_PATH."
     ) in output
+
+
+def test_a_project_that_can_do_without_is_not_stopped_where_there_is_no_torch(build_folder, tmp_path):
+    lists = 'find_package(TorchQAT QUIET)\nmessage("<${TorchQAT_FOUND}>")\n'
+    (tmp_path / "CMakeLists.txt").write_text(f"cmake_minimum_required(VERSION 3.25)\nproject(p CXX)\n{lists}")
+    options = f"-DTorchQAT_DIR={build_folder}", f"-DTORCHQAT_TORCH_DIR={tmp_path}"
+    assert "<0>" in run(CMAKE, "-S", tmp_path, "-B", tmp_path / "build", *options)
 
 
 @pytest.mark.parametrize(

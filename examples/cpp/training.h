@@ -27,9 +27,8 @@ struct Stage {
   std::function<at::Tensor(const at::Tensor& images, const at::Tensor& labels)> loss;
 };
 
-// The stages of a run, one after the other, with a checkpoint before and after each epoch, from which a run
-// with
-// --resume goes on bit for bit.
+// The stages of a run, one after the other, with a checkpoint before and after each epoch; with --resume a
+// run goes on from it bit for bit.
 class Training {
  public:
   // Takes the folder --out for itself, and reads its checkpoint where the run is to be resumed. Checkpoints
@@ -60,8 +59,9 @@ class Training {
   std::string checkpoint_;
   std::shared_ptr<void> lock_;
   at::Generator generator_;
-  at::Tensor random_,
-      epoch_;  // the state of the generator, and the epochs that are done of a stage, in checkpoints
+  // In checkpoints: the state of the generator, and how many epochs of a stage are done.
+  at::Tensor random_;
+  at::Tensor epoch_;
   double seconds_ = 0;
   std::optional<torchqat::TensorFile> saved_;
 };

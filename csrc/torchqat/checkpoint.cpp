@@ -230,7 +230,7 @@ TensorFile checkpoint_of(const torch::nn::Module& model, const BCGD* optimizer) 
 
 void restore_checkpoint(const TensorFile& file, torch::nn::Module& model, BCGD* optimizer,
                         const std::string& what) {
-  if (optimizer) optimizer->refuse_swapped(what);
+  if (optimizer) optimizer->refuse_swapped(what.substr(0, what.find(':')));
   auto tensors = file.tensors;
   Tensors of_optimizer;
   const auto format = file.metadata.find("format");

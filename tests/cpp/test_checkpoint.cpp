@@ -227,9 +227,10 @@ TEST(Checkpoint, RefusesOtherOptimizers) {
   EXPECT_EQ(with("optimizer.middle.weight.latent", at::ones({})),
             "W: has a state for 'middle.weight', which is not in the optimizer");
   EXPECT_EQ(change([](TensorFile& file) { file.tensors.erase("optimizer.first.weight.scale"); }),
-            "BCGD: the state has no latent and scale for parameter 0, which is quantized");
-  EXPECT_EQ(with("optimizer.last.weight.latent", at::ones({3})),
-            "BCGD: latent of parameter 1 in the state must have shape [3, 6], got [3]: another model's?");
+            "W: the state has no latent and scale for parameter 'first.weight', which is quantized");
+  EXPECT_EQ(
+      with("optimizer.last.weight.latent", at::ones({3})),
+      "W: latent of parameter 'last.weight' in the state must have shape [3, 6], got [3]: another model's?");
 }
 
 TEST(Checkpoint, RefusesParametersOutsideTheModel) {
@@ -263,6 +264,28 @@ TEST(Checkpoint, NamesTheFile) {
   const auto latents = training.optimizer.latents();
   EXPECT_EQ(error_of<c10::Error>([&] { load_checkpoint(path, *training.model, &training.optimizer); }),
             "BCGD: load_checkpoint must not be called while latents() lives: the parameters hold latents");
+}
+
+// Python's named_modules() gives it the first of its names, and its state has its tensors under both.
+TEST(Checkpoint, AStaircaseUnderTwoNamesGoesByTheFirst) {
+  torch::nn::Module model;
+  const torchqat::nn::StaircaseReLU shared(2);
+  model.register_module("a", shared.ptr());
+  model.register_module("b", shared.ptr());
+  const auto file = checkpoint_of(model);
+  EXPECT_EQ(file.metadata.count("staircase_relu.a"), 1u);
+  EXPECT_EQ(file.metadata.count("staircase_relu.b"), 0u);
+  EXPECT_EQ(file.tensors.count("a.alpha") + file.tensors.count("b.alpha"), 2u);
+  restore_checkpoint(file, model);
+}
+
+TEST(Checkpoint, WhatCannotBeWrittenUndoesTheRest) {
+  torch::nn::Module model;
+  const auto a = model.register_buffer("a", at::zeros({2}));
+  model.register_buffer("b", at::zeros({1}).expand({2}));  // one element in two places
+  torchqat::TensorFile file{{{"a", at::ones({2})}, {"b", at::ones({2})}}, {}};
+  EXPECT_NE(error_of<c10::Error>([&] { restore_checkpoint(file, model); }), "no error");
+  EXPECT_TRUE(same(a, at::zeros({2})));
 }
 
 }  // namespace

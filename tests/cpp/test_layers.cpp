@@ -285,4 +285,19 @@ TEST(Layers, AreTakenOutOfASequentialByTheirClass) {
   EXPECT_EQ(net->at<qnn::StaircaseReLUImpl>(6).options.bits(), 2);
 }
 
+// LibTorch's own numbers of padding "same" exchange the dimensions.
+TEST(Layers, PadsByItsOptionsWhereTheKernelIsNotSquare) {
+  const auto options = torch::nn::Conv2dOptions(1, 1, {3, 5}).padding(torch::kSame);
+  torchqat::nn::QuantConv2d conv(options);
+  const auto x = at::randn({1, 1, 7, 9});
+  EXPECT_TRUE(same(conv(x), at::conv2d(x, conv->weight, conv->bias, {1, 1}, "same")));
+  torchqat::nn::QuantConv2d even(torch::nn::Conv2dOptions(1, 1, {2, 5}).padding(torch::kSame));
+  EXPECT_TRUE(same(even(x), at::conv2d(x, even->weight, even->bias, {1, 1}, "same")));
+  torchqat::nn::QuantConv2d around(
+      torch::nn::Conv2dOptions(1, 1, {3, 5}).padding(torch::kSame).padding_mode(torch::kReflect));
+  EXPECT_TRUE(same(around(x), at::conv2d(at::pad(x, {2, 2, 1, 1}, "reflect"), around->weight, around->bias)));
+  conv->options.padding(1);  // options can be changed, as those of torch's layers
+  EXPECT_TRUE(same(conv(x), at::conv2d(x, conv->weight, conv->bias, {1, 1}, {1, 1})));
+}
+
 }  // namespace

@@ -225,7 +225,8 @@ TEST(Bcgd, NamesWrongGroupsAndKeepsNothingOfThem) {
   EXPECT_EQ(refused({.quant_bits = 0}, p), "BCGD: quant_bits must be in 1..8, got 0");
   EXPECT_EQ(refused({.quant_bits = 1, .min_value = 0.1}, p),
             "BCGD: min_value is for groups without quant_bits");
-  EXPECT_EQ(refused({.quant_bits = 1}, p * 2), "BCGD: parameters must be leaf tensors, got another");
+  EXPECT_EQ(refused({.quant_bits = 1}, p * 2),
+            "BCGD: parameters must be leaf tensors, got the result of MulBackward1");
   EXPECT_EQ(refused({.quant_bits = 1}, Tensor()),
             "BCGD: parameters must be leaf tensors, got an undefined one");
   EXPECT_EQ(refused({.lr = -1}, p), "BCGD: lr must be at least 0, got -1");
@@ -241,7 +242,7 @@ TEST(Bcgd, NamesWrongGroupsAndKeepsNothingOfThem) {
       error_of<c10::TypeError>([&] {
         optimizer.add_param_group(OptimizerParamGroup({p}, std::make_unique<torch::optim::SGDOptions>(0.1)));
       }),
-      "BCGD: the options of a group must be BCGDOptions");
+      "BCGD: the options of a group must be BCGDOptions, got torch::optim::SGDOptions");
   EXPECT_EQ(optimizer.param_groups().size(), 1u);
   EXPECT_EQ(optimizer.state().count(p.unsafeGetTensorImpl()), 0u);
   EXPECT_TRUE(same(p.detach(), at::tensor({1.0f, -3.0f})));
@@ -257,6 +258,23 @@ TEST(Bcgd, SparseGradientsAreRefused) {
   EXPECT_EQ(error_of<c10::Error>([&] { optimizer.step(); }),
             "BCGD: gradients in a group with quant_bits must be dense, got a sparse one");
   EXPECT_TRUE(same(p.detach(), before));
+}
+
+TEST(Bcgd, AGroupSaysWhatItWantsAndHasTheRestFromTheOptimizer) {
+  const auto p = parameter(at::ones({2}));
+  const auto q = parameter(at::ones({2}));
+  BCGD optimizer({ParamGroup{.params = {p}, .lr = 0.5, .momentum = 0.25, .blend = 0.125, .maximize = true},
+                  ParamGroup{.params = {q}, .dampening = 0.75, .weight_decay = 2}},
+                 BCGDOptions(0.1).momentum(0.9));
+  const auto& first = options_of(optimizer, 0);
+  const auto& second = options_of(optimizer, 1);
+  EXPECT_EQ(std::tuple(first.lr(), first.momentum(), first.blend(), first.maximize()),
+            std::tuple(0.5, 0.25, 0.125, true));
+  EXPECT_EQ(std::tuple(second.lr(), second.momentum(), second.dampening(), second.weight_decay()),
+            std::tuple(0.1, 0.9, 0.75, 2.0));
+  EXPECT_EQ(error_of([&] { BCGD({ParamGroup{.params = {p}}}, BCGDOptions(0.1).quant_bits(1)); }),
+            "BCGD: the options of all ParamGroups must say nothing of quantization, got quant_bits=1, "
+            "channel_dim=None, method=exact; give it to a group");
 }
 
 }  // namespace

@@ -256,10 +256,10 @@ TEST(BcgdState, ChangedParametersGetANewLatentAndAWarningOnce) {
   ASSERT_EQ(warnings.messages.size(), 1u);
   EXPECT_EQ(
       warnings.messages[0],
-      "BCGD: 1 parameter(s) changed outside the optimizer: their float latents are dropped and start again "
-      "from "
-      "the new values. Load a checkpoint into both model and optimizer to go on with its latents. (Warned of "
-      "once.)");
+      "BCGD: 1 parameter(s) changed outside the optimizer, the first of shape [6, 8]: their float latents "
+      "are "
+      "dropped and start again from the new values. Load a checkpoint into both model and optimizer to go on "
+      "with its latents. (Warned of once.)");
   EXPECT_TRUE(near(training.optimizer.latent(training.weight()), at::full({6, 8}, 0.5), 0, 0.1));
   fill(-0.5);
   training.step(2);
@@ -301,12 +301,12 @@ TEST(BcgdState, AStartFromQuantizedValuesIsWarnedOf) {
   second.step();
   second.step();
   ASSERT_EQ(warnings.messages.size(), 1u);
-  EXPECT_EQ(warnings.messages[0],
-            "BCGD: 2 parameter(s) held quantized values when this optimizer was made: their float latents "
-            "start from "
-            "those. If an earlier BCGD quantized them, its latents are not used. Go on with that optimizer, "
-            "or load its "
-            "state into this one.");
+  EXPECT_EQ(
+      warnings.messages[0],
+      "BCGD: 2 parameter(s), the first of shape [6, 8], held quantized values when this optimizer was "
+      "made: their float latents start from those. If an earlier BCGD quantized them, its latents are "
+      "not used. Go on with that optimizer, load its state into this one, or copy its latent(p) into each "
+      "parameter p before this one is made.");
   BCGD third(param_groups(*training.model, 1), BCGDOptions(0.1).momentum(0.9));
   load(third, saved(training.optimizer));
   third.step();
@@ -323,6 +323,45 @@ TEST(BcgdState, FollowsAModelThatIsCast) {
   EXPECT_TRUE(warnings.messages.empty());
   EXPECT_TRUE(same(training.optimizer.latent(training.weight()), latent));
   training.model->to(at::kDouble);
+}
+
+// What is not quantized keeps the dtype that torch::optim::SGD keeps.
+TEST(BcgdState, PlainGroupsOfHalfPrecisionResumeBitForBit) {
+  const auto step = [](const Tensor& p, BCGD& optimizer, int64_t number) {
+    auto generator = at::detail::createCPUGenerator(number);
+    p.mutable_grad() = at::randn({1000}, generator).to(at::kBFloat16);
+    optimizer.step();
+  };
+  const auto make = [](const Tensor& p) {
+    return std::make_unique<BCGD>(std::vector{ParamGroup{.params = {p}}}, BCGDOptions(0.1).momentum(0.9));
+  };
+  const auto p = at::ones({1000}, at::kBFloat16).requires_grad_();
+  const auto first = make(p);
+  for (int64_t number = 0; number < 3; ++number) step(p, *first, number);
+  const auto q = p.detach().clone().requires_grad_();
+  const auto second = make(q);
+  load(*second, saved(*first));
+  for (int64_t number = 3; number < 6; ++number) {
+    step(p, *first, number);
+    step(q, *second, number);
+  }
+  EXPECT_TRUE(same(p, q));
+}
+
+TEST(BcgdState, TakesTheStateOfTorchsSgdWhereNothingIsQuantized) {
+  const auto p = at::ones({3}).requires_grad_();
+  torch::optim::SGD sgd({p}, torch::optim::SGDOptions(0.1).momentum(0.9));
+  p.mutable_grad() = at::ones({3});
+  sgd.step();
+  std::stringstream archive;
+  torch::save(sgd, archive);
+  const auto q = p.detach().clone().requires_grad_();
+  BCGD optimizer(std::vector{ParamGroup{.params = {q}}}, BCGDOptions(0.1).momentum(0.9));
+  torch::load(optimizer, archive);
+  q.mutable_grad() = at::ones({3});
+  sgd.step();
+  optimizer.step();
+  EXPECT_TRUE(same(p, q));
 }
 
 }  // namespace

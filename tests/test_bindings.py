@@ -27,7 +27,7 @@ def test_both_languages_tell_the_same_of_the_build(bindings):
     assert bindings.build_info() == {key: value for key, value in info.items() if key != "library"}
 
 
-def network(dtype=torch.float32):
+def network():
     torch.manual_seed(0)
     layers = (
         torch.nn.Conv2d(3, 5, 3),
@@ -35,14 +35,14 @@ def network(dtype=torch.float32):
         torch.nn.Flatten(),
         torch.nn.Linear(80, 7),
     )
-    return torch.nn.Sequential(*layers).to(dtype)
+    return torch.nn.Sequential(*layers)
 
 
 def set_gradients(model, step):
     """The same for every model; in some steps a parameter has none."""
     generator = torch.Generator().manual_seed(step)
     for i, p in enumerate(model.parameters()):
-        grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        grad = torch.randn(p.shape, generator=generator)
         p.grad = None if (i + step) % 4 == 0 else grad
 
 
@@ -96,6 +96,30 @@ def test_the_cpp_optimizer_takes_the_steps_of_pythons_bit_for_bit(
             assert ours.keys() == theirs.keys()
             for key in ours:
                 assert torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype
+
+
+def test_groups_have_options_of_their_own_in_both(bindings):
+    def groups(model):
+        return [
+            {"params": [model[0].weight], "quant_bits": 1, "momentum": 0.5, "blend": 0.1, "maximize": True},
+            {"params": [model[3].weight], "lr": 0.3, "momentum": 0.9, "nesterov": True, "min_value": -0.1},
+            {
+                "params": [model[0].bias, model[3].bias],
+                "weight_decay": 0.1,
+                "dampening": 0.5,
+                "momentum": 0.1,
+            },
+        ]
+
+    models = network(), network()
+    python, cpp = BCGD(groups(models[0]), lr=0.05), bindings.BCGD(groups(models[1]), lr=0.05)
+    for step in range(10):
+        for model in models:
+            set_gradients(model, step)
+        python.step()
+        cpp.step()
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            assert torch.equal(p, q)
 
 
 def test_the_cpp_optimizer_names_what_is_wrong_in_a_group(bindings):

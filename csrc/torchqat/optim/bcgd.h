@@ -84,7 +84,8 @@ struct TORCHQAT_API BCGDParamState : public torch::optim::OptimizerCloneablePara
 //   warning per optimizer. Writes through data pointers are not seen: call refresh() after them.
 // - Checkpoints: save model and optimizer; after load() the parameters hold the projections of the latents.
 //   When load() throws, nothing has changed.
-// Groups without quant_bits take the step of torch::optim::SGD, bit for bit.
+// Groups without quant_bits take the step of torch::optim::SGD, bit for bit. (That is also Python's, but for
+// half and bfloat16 parameters with momentum: LibTorch rounds the factor to their dtype first.)
 class TORCHQAT_API BCGD : public torch::optim::Optimizer {
  public:
   // `defaults` say nothing of quantization then: the groups do.

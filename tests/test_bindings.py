@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchqat
+from cmake_projects import missing
 from torchqat.optim import BCGD, param_groups
 
 
@@ -15,7 +16,7 @@ def bindings():
     folders = (Path(torchqat.__file__).parent, Path(torchqat.build_info()["library"]).parent)
     found = [path for folder in folders for path in folder.glob("_bindings*.so")]
     if not found:
-        pytest.skip("torchqat._bindings was not built: it needs Python's headers")
+        missing("torchqat._bindings was not built: it needs Python's headers")
     spec = importlib.util.spec_from_file_location("torchqat._bindings", found[-1])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

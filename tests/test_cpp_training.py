@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchqat
+from cmake_projects import folder_of_build, missing
 from safetensors.torch import load_file, save_file
 from torchqat.distill import Distiller, FAQDLoss
 from torchqat.nn import FastFeatureAffinityLoss
@@ -23,11 +24,10 @@ STEPS, BATCH = 100, 16
 @pytest.fixture
 def train_steps():
     """The program of the build in use; `make test` builds it."""
-    library = Path(torchqat.build_info()["library"])
-    for folder in (library.parent, ROOT / "build"):
-        if (program := folder / "tests/cpp/train_steps").exists():
-            return program
-    pytest.skip("tests/cpp/train_steps is not built beside the library that is in use")
+    program = folder_of_build() / "tests/cpp/train_steps"
+    if not program.exists():
+        missing(f"{program} is not built")
+    return program
 
 
 def images_with_classes(steps):

@@ -51,6 +51,11 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                 F.bcgd_step_([w], [numbers((n,), 31).clamp(-9, 9).to(dtype)], [y], [scale], [], [],
                              lr=torch.tensor(0.01), bits=bits, method=method)
                 seen += [w.clone(), y.clone(), scale.clone()]
+    w = numbers((96, 70), 7919).clamp(-9, 9).to(dtype)
+    for bits, method in ((1, "exact"), (2, "twn"), (3, "exact"), (4, "lloyd"), (8, "exact")):
+        for channel_dim in (None, 0, 1):
+            quantized, scale = F.quantize_weight(w, bits, method=method, channel_dim=channel_dim)
+            seen += [quantized, scale, F.weight_codes(w, scale, bits, channel_dim=channel_dim)]
 k = torch.arange(50_000.0, dtype=torch.float64)
 hard = [(k + 1).sqrt() - k.sqrt(), torch.tensor([3.4e38] * 3 + [1.03e38] * 10 + [1e38] + [0.0] * 2034),
         torch.tensor([2.95, 1.38, 1.0195, 0.9805, 0.979]).repeat(4000), numbers((3000,), 7919)]
@@ -87,7 +92,7 @@ def python(capability, *arguments):
 @pytest.mark.parametrize("capability", LESSER)
 def test_the_tests_of_the_operators_pass_on_lesser_processors(capability):
     """But for compiled code: inductor writes vectors of its own, for the processor that is there."""
-    files = [TESTS / f"test_{op}.py" for op in ("staircase_relu", "bcgd_step", "pack_codes")]
+    files = [TESTS / f"test_{op}.py" for op in ("staircase_relu", "quantize_weight", "bcgd_step", "pack_codes")]
     files.append(f"{TESTS}/test_code_saving.py::test_every_width_and_dtype")
     result = python(
         capability, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not compile", *files

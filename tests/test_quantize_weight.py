@@ -217,6 +217,14 @@ def test_channels_that_take_more_than_one_slice(method, channel_dim, device):
     assert_channels_alone(torch.randn(2, 3, 40_001, device=device), method, channel_dim)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["exact", "twn"])
+@pytest.mark.parametrize("run", [1, 63, 3001])
+def test_channels_in_runs_of_any_length_have_the_bits_that_they_have_alone(run, method, dtype, device):
+    w = torch.randn(-(-40_001 // run), 3, run, dtype=torch.float64).to(device, dtype)
+    assert_channels_alone(w, method, 1)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channel_dim", [None, 0, -1])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

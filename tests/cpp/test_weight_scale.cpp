@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "torchqat/cpu/radix_sort.h"
 #include "torchqat/math/exact_scale.h"
 #include "weight_kinds.h"
 
@@ -88,6 +89,26 @@ TYPED_TEST(WeightScale, SearchThatMustForgetFindsTheSame) {
       const long double best = score_of(w, scale, bits);
       EXPECT_GE(score_of(w, search<4>(w, bits).first, bits), best * (1 - 1e-14L)) << kind.name << " " << bits;
       EXPECT_GE(score_of(w, search<7>(w, bits).first, bits), best * (1 - 1e-14L)) << kind.name << " " << bits;
+    }
+  }
+}
+
+TYPED_TEST(WeightScale, MagnitudesAreSortedByTheirBits) {
+  constexpr TypeParam kTiny = std::numeric_limits<TypeParam>::denorm_min();
+  constexpr TypeParam kHuge = std::numeric_limits<TypeParam>::max();
+  std::mt19937_64 random(0);
+  for (const int n : {0, 1, 2, 2047, 2048, 2049, 70001}) {
+    for (const int spread : {0, 3, 60}) {  // equal numbers; leading bits in common; all sizes
+      std::vector<TypeParam> magnitudes(n);
+      for (auto& m : magnitudes) {
+        m = std::ldexp(TypeParam(1 + random() % 1000),
+                       spread == 0 ? 0 : static_cast<int>(random() % spread) - spread);
+      }
+      if (n > 3) std::copy_n(std::vector<TypeParam>{0, kTiny, kHuge}.begin(), 3, magnitudes.begin());
+      auto expected = magnitudes;
+      std::sort(expected.rbegin(), expected.rend());
+      sort_magnitudes(magnitudes);
+      EXPECT_EQ(magnitudes, expected) << n << " " << spread;
     }
   }
 }

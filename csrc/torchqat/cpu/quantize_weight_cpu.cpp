@@ -4,11 +4,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <functional>
 #include <limits>
 #include <memory>
 #include <vector>
 
+#include "torchqat/cpu/quantize_weight_kernels.h"
+#include "torchqat/cpu/radix_sort.h"
 #include "torchqat/math/exact_scale.h"
 #include "torchqat/math/ternary_scale.h"
 #include "torchqat/ops/layout.h"
@@ -22,23 +23,68 @@ using math::MagnitudeSums;
 using math::WeightFit;
 using math::WeightMethod;
 
+template <typename S>
+const auto& kernels() {
+  return TORCHQAT_BEST_ISA(quantize_weight_kernels<S, at::opmath_type<S>>());
+}
+
 // Weights of a channel that are added up in one go: results do not depend on how many threads share the work.
 constexpr int64_t kSlice = 32768;
+
+// Weights that a kernel gets at a time: sums have the same order whether or not they are neighbors in memory.
+constexpr int64_t kTogether = 1024;
+static_assert(kSlice % kTogether == 0);
 
 // The weights in memory, and which of them share a scale.
 struct Channels {
   Channels(const at::Tensor& dense, std::optional<int64_t> channel_dim)
       : view(channel_view(dense, wrapped(channel_dim, dense))), size(dense.numel() / view.channels) {}
 
-  // Calls f(position) for the weights [begin, end) of a channel.
+  // Calls f(position, count) for the runs of neighbors in memory that make up weights [begin, end) of a
+  // channel.
   template <typename F>
-  void for_each_position(int64_t channel, int64_t begin, int64_t end, F&& f) const {
+  void for_each_run(int64_t channel, int64_t begin, int64_t end, F&& f) const {
     for (int64_t j = begin; j < end;) {
-      const int64_t run = std::min(end - j, view.inner - j % view.inner);
-      const int64_t first = view.position(channel, j);
-      for (int64_t p = first; p < first + run; ++p) f(p);
-      j += run;
+      const int64_t count = view.channels == 1 ? end - j : std::min(end - j, view.inner - j % view.inner);
+      f(view.position(channel, j), count);
+      j += count;
     }
+  }
+
+  // Calls f(values, count) for the weights [begin, end) of a channel, some at a time; they are in a row.
+  template <typename S, typename F>
+  void read(const S* weight, int64_t channel, int64_t begin, int64_t end, F&& f) const {
+    S copies[kTogether];
+    for (int64_t j = begin; j < end; j += kTogether) {
+      const int64_t count = std::min(end - j, kTogether);
+      if (is_one_run(j, count)) {
+        f(weight + view.position(channel, j), count);
+        continue;
+      }
+      S* to = copies;
+      for_each_run(channel, j, j + count, [&](int64_t p, int64_t n) { to = std::copy_n(weight + p, n, to); });
+      f(copies, count);
+    }
+  }
+
+  // Calls f(values, results, count) likewise; f writes the result of each weight.
+  template <typename S, typename R, typename F>
+  void map(const S* weight, R* result, int64_t channel, int64_t begin, int64_t end, F&& f) const {
+    R results[kTogether];
+    int64_t j = begin;
+    read(weight, channel, begin, end, [&](const S* values, int64_t count) {
+      if (is_one_run(j, count)) {
+        f(values, result + view.position(channel, j), count);
+      } else {
+        f(values, results, count);
+        const R* from = results;
+        for_each_run(channel, j, j + count, [&](int64_t p, int64_t n) {
+          std::copy_n(from, n, result + p);
+          from += n;
+        });
+      }
+      j += count;
+    });
   }
 
   // Calls f(slice, channel, begin, end) for the slices of all channels, in parallel.
@@ -54,19 +100,20 @@ struct Channels {
   }
 
   int64_t slices() const { return at::divup(size, kSlice); }
+  bool is_one_run(int64_t begin, int64_t count) const {
+    return view.channels == 1 || begin / view.inner == (begin + count - 1) / view.inner;
+  }
 
   ChannelView view;
   int64_t size;  // weights per channel
 };
 
-// Sums over each channel: add(sum, channel, position) for its weights.
+// Sums over each channel: add(sum, channel, begin, end) for some of its weights.
 template <typename Sum, typename Add>
 std::vector<Sum> sum_channels(const Channels& channels, Add&& add) {
   std::vector<Sum> partial(channels.view.channels * channels.slices());
   channels.for_each_slice([&](int64_t slice, int64_t channel, int64_t begin, int64_t end) {
-    Sum sum;
-    channels.for_each_position(channel, begin, end, [&](int64_t p) { add(sum, channel, p); });
-    partial[slice] = sum;
+    add(partial[slice], channel, begin, end);
   });
   std::vector<Sum> sums(channels.view.channels);
   for (size_t slice = 0; slice < partial.size(); ++slice) {
@@ -109,7 +156,7 @@ template <typename T>
 double exact_scale(std::vector<T>& magnitudes, int64_t bits) {
   const auto n = static_cast<int64_t>(magnitudes.size());
   if (bits == 2) return math::exact_ternary_scale(magnitudes);
-  std::sort(magnitudes.begin(), magnitudes.end(), std::greater<T>());
+  sort_magnitudes(magnitudes);
   const auto sums = std::make_unique_for_overwrite<double[]>(n + 1);
   sums[0] = 0;
   for (int64_t i = 0; i < n; ++i) sums[i + 1] = sums[i] + magnitudes[i];
@@ -131,7 +178,11 @@ class Quantizer {
   // The cut and the scale of each channel.
   void fit() {
     const auto sums = sum_channels<MagnitudeSums>(
-        channels_, [&](MagnitudeSums& sum, int64_t, int64_t p) { sum.add(value(p)); });
+        channels_, [&](MagnitudeSums& sum, int64_t channel, int64_t begin, int64_t end) {
+          channels_.read(weight_, channel, begin, end, [&](const scalar_t* w, int64_t n) {
+            kernels<scalar_t>().add_magnitudes(w, n, sum);
+          });
+        });
     for (const auto& sum : sums)
       cuts_.push_back(static_cast<opmath_t>(sum.cut(method_, bits_, channels_.size)));
     if (bits_ > 1 && method_ == WeightMethod::exact) fit_exactly();
@@ -141,9 +192,8 @@ class Quantizer {
 
   void write(scalar_t* quantized) const {
     channels_.for_each_slice([&](int64_t, int64_t channel, int64_t begin, int64_t end) {
-      const opmath_t scale = scales_[channel];
-      channels_.for_each_position(channel, begin, end, [&](int64_t p) {
-        quantized[p] = static_cast<scalar_t>(scale * level(channel, p));
+      channels_.map(weight_, quantized, channel, begin, end, [&](const scalar_t* w, scalar_t* to, int64_t n) {
+        kernels<scalar_t>().quantize(w, to, n, rule(channel), scales_[channel]);
       });
     });
   }
@@ -151,10 +201,7 @@ class Quantizer {
   const std::vector<opmath_t>& scales() const { return scales_; }
 
  private:
-  opmath_t value(int64_t p) const { return static_cast<opmath_t>(weight_[p]); }
-  opmath_t level(int64_t channel, int64_t p) const {
-    return math::assigned_level(value(p), cuts_[channel], method_, bits_);
-  }
+  LevelRule<opmath_t> rule(int64_t channel) const { return {cuts_[channel], method_, bits_}; }
 
   void fit_exactly() {
     at::parallel_for(
@@ -162,18 +209,24 @@ class Quantizer {
           std::vector<opmath_t> magnitudes;
           for (int64_t channel = from; channel < to; ++channel) {
             if (std::isnan(cuts_[channel])) continue;
-            magnitudes.clear();
-            magnitudes.reserve(channels_.size);
-            channels_.for_each_position(channel, 0, channels_.size,
-                                        [&](int64_t p) { magnitudes.push_back(std::abs(value(p))); });
+            magnitudes.resize(channels_.size);
+            auto* m = magnitudes.data();
+            channels_.read(weight_, channel, 0, channels_.size, [&](const scalar_t* w, int64_t n) {
+              for (int64_t i = 0; i < n; ++i) m[i] = std::abs(static_cast<opmath_t>(w[i]));
+              m += n;
+            });
             cuts_[channel] = static_cast<opmath_t>(exact_scale(magnitudes, bits_));
           }
         });
   }
 
   void fit_to_levels() {
-    const auto fits = sum_channels<WeightFit>(
-        channels_, [&](WeightFit& fit, int64_t channel, int64_t p) { fit.add(value(p), level(channel, p)); });
+    const auto fits =
+        sum_channels<WeightFit>(channels_, [&](WeightFit& fit, int64_t channel, int64_t begin, int64_t end) {
+          channels_.read(weight_, channel, begin, end, [&](const scalar_t* w, int64_t n) {
+            kernels<scalar_t>().add_levels(w, n, rule(channel), fit);
+          });
+        });
     for (size_t c = 0; c < fits.size(); ++c) {
       if (!std::isnan(cuts_[c])) scales_[c] = static_cast<opmath_t>(fits[c].scale());
     }
@@ -219,8 +272,8 @@ at::Tensor codes(const at::Tensor& weight, const at::Tensor& scale, int64_t bits
     const auto* step = steps.const_data_ptr<opmath_t>();
     auto* level = levels.mutable_data_ptr<int8_t>();
     channels.for_each_slice([&](int64_t, int64_t channel, int64_t begin, int64_t end) {
-      channels.for_each_position(channel, begin, end, [&](int64_t p) {
-        level[p] = static_cast<int8_t>(math::weight_level(static_cast<opmath_t>(w[p]), step[channel], bits));
+      channels.map(w, level, channel, begin, end, [&](const scalar_t* from, int8_t* to, int64_t n) {
+        kernels<scalar_t>().codes(from, to, n, {step[channel], WeightMethod::exact, bits});
       });
     });
   });

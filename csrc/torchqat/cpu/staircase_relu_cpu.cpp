@@ -37,11 +37,17 @@ template <typename T>
 class AlphaOf {
  public:
   AlphaOf(const at::Tensor& alpha, const at::Tensor& dense, std::optional<int64_t> channel_dim, int64_t bits)
-      : alpha_(alpha.to(c10::CppTypeToScalarType<T>::value).contiguous()),
+      : alpha_(in_op_math(alpha)),
         steps_{alpha_.template const_data_ptr<T>(), channel_view(dense, channel_dim), bits} {}
   operator const StepSizes<T>&() const { return steps_; }
 
  private:
+  // Most often it is that already, and then a call of Tensor.to costs more than sixteen elements.
+  static at::Tensor in_op_math(const at::Tensor& alpha) {
+    constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
+    return (alpha.scalar_type() == dtype ? alpha : alpha.to(dtype)).contiguous();
+  }
+
   at::Tensor alpha_;
   StepSizes<T> steps_;
 };
@@ -115,9 +121,12 @@ void sum_parts(int64_t n, int64_t channels, const at::Tensor& grad_alpha, F&& f)
   };
   parts == 1 ? run(0, 1) : at::parallel_for(0, parts, 1, run);
   for (int64_t i = channels; i < parts * channels; ++i) sums[i % channels] += sums[i];
-  // A channel view merges the channels of a dimension of size 1, and of an empty tensor.
-  const auto total = at::from_blob(sums.data(), {channels}, at::kDouble);
-  grad_alpha.copy_(channels == grad_alpha.numel() ? total.view_as(grad_alpha) : total.expand_as(grad_alpha));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad_alpha.scalar_type(), "alpha_grad", [&] {
+    auto* to = grad_alpha.mutable_data_ptr<scalar_t>();
+    // A channel view merges the channels of a dimension of size 1, and of an empty tensor.
+    const bool merged = channels != grad_alpha.numel();
+    for (int64_t c = 0; c < grad_alpha.numel(); ++c) to[c] = static_cast<scalar_t>(sums[merged ? 0 : c]);
+  });
 }
 
 std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& saved,

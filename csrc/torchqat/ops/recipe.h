@@ -100,8 +100,8 @@ void each(F&& f, Fields&... fields) {
 
 // A copy for a node to keep; T::each_field(f) calls f(field) for every field.
 template <typename T>
-std::shared_ptr<T> saved_copy(const T& kept) {
-  auto copy = std::make_shared<T>(kept);
+std::shared_ptr<T> saved_copy(T kept) {
+  auto copy = std::make_shared<T>(std::move(kept));
   copy->each_field([](auto& field) { save(field); });
   return copy;
 }

@@ -156,9 +156,9 @@ at::Tensor staircase_relu_autograd(const at::Tensor& x, const at::Tensor& alpha,
   backward.alpha_grad = alpha_grad;
   backward.channel_dim = channel_dim;
   backward.codes = codes;
-  set_layer_history(y, saved_copy(backward), torch::autograd::collect_next_edges(x, alpha));
+  std::shared_ptr<Steps> steps;
   if (codes) {
-    auto steps = std::make_shared<Steps>();
+    steps = std::make_shared<Steps>();
     steps->codes = kept;
     steps->alpha = alpha;
     steps->size = backward.size;
@@ -166,8 +166,9 @@ at::Tensor staircase_relu_autograd(const at::Tensor& x, const at::Tensor& alpha,
     steps->dtype = y.scalar_type();
     steps->bits = bits;
     steps->channel_dim = channel_dim;
-    attach_recipe(y, std::move(steps));
   }
+  set_layer_history(y, saved_copy(std::move(backward)), torch::autograd::collect_next_edges(x, alpha));
+  if (steps) attach_recipe(y, std::move(steps));
   return y;
 }
 

@@ -31,10 +31,11 @@ class Problem:
     name: str
     elements: int
     contenders: list[Contender]
-    floor_bytes: int  # what has to cross memory once, whoever does it
+    floor_bytes: int  # what has to cross memory once, whoever does it; without it and flops there is no floor
     floor_flops: int = 0
     saves: bool = False  # the call builds an autograd graph: count what it keeps
     least_rounds: int = 5  # more of them where a few percent matter and a round is long
+    beside: tuple[str, ...] = ()  # contenders that the table divides everyone's times by
 
 
 @dataclass
@@ -78,10 +79,12 @@ def measure(problem, device, rates, quick=False, advance=lambda name: None):
     effort = QUICK if quick else Effort(problem.least_rounds, most=60, seconds=12.0)
     times = interleave(calls, blocks, device, effort, advance)
     for name, call in calls.items():
-        rows[name] |= summary(times[name]) | meters.footprint(call, problem.elements, problem.saves, device)
+        rows[name] |= summary(times[name]) | {"times": ratios(times, name, problem.beside)}
+        rows[name] |= meters.footprint(call, problem.elements, problem.saves, device)
     del rows["copy"]
-    floor = 1e3 * max(min(times["copy"]), problem.floor_flops / rates["flops_per_s"])
-    facts = {"name": problem.name, "elements": problem.elements}
+    copying = min(times["copy"]) if problem.floor_bytes else 0.0
+    floor = 1e3 * max(copying, problem.floor_flops / rates["flops_per_s"])
+    facts = {"name": problem.name, "elements": problem.elements, "beside": list(problem.beside)}
     facts["floor"] = {"bytes": problem.floor_bytes, "flops": problem.floor_flops, "ms": floor}
     return facts | {"rows": list(rows.values())}
 
@@ -131,7 +134,19 @@ def interleave(calls, blocks, device, effort, advance):
 
 
 def summary(seconds):
-    """Median and quartiles in milliseconds."""
+    """Median, quartiles and least in milliseconds."""
     ms = sorted(1e3 * s for s in seconds)
     low, _, high = statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else (ms[0],) * 3
-    return {"ms": statistics.median(ms), "low_ms": low, "high_ms": high, "rounds": len(ms)}
+    return {
+        "ms": statistics.median(ms),
+        "low_ms": low,
+        "high_ms": high,
+        "least_ms": ms[0],
+        "rounds": len(ms),
+    }
+
+
+def ratios(times, name, beside):
+    """How many times as long as others it took, the median over rounds: neighbors in time share its noise."""
+    pairs = {other: zip(times[name], times[other], strict=True) for other in beside if other in times}
+    return {other: statistics.median(mine / its for mine, its in each) for other, each in pairs.items()}

@@ -52,12 +52,14 @@ def draw_problem(panel, result):
         color = OURS if row["name"].startswith("torchqat") else PEER
         if row["status"] != "ok":
             text = f"{row['status']}: {row['reason']}"
-            panel.text(floor, place, text[:90], va="center", fontsize=7, color=PEER, style="italic")
+            panel.text(floor or 1, place, text[:90], va="center", fontsize=7, color=PEER, style="italic")
             continue
         spread = [[row["ms"] - row["low_ms"]], [row["high_ms"] - row["ms"]]]
         panel.barh(place, row["ms"], xerr=spread, color=color, height=0.7, error_kw={"elinewidth": 1})
         panel.text(row["high_ms"], place, f" {row['ms']:.3g}", va="center", fontsize=7)
-    panel.axvline(floor, color="black", linestyle="--", linewidth=1, label=f"floor {floor:.3g} ms")
+    if floor:
+        panel.axvline(floor, color="black", linestyle="--", linewidth=1, label=f"floor {floor:.3g} ms")
+        panel.legend(fontsize=7)
     panel.set_xscale("log")
     panel.margins(x=0.12)
     panel.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)
@@ -65,7 +67,6 @@ def draw_problem(panel, result):
     panel.tick_params(axis="x", labelsize=7)
     panel.set_xlabel("ms", fontsize=7)
     panel.set_title(result["name"], fontsize=9, loc="left")
-    panel.legend(fontsize=7)
 
 
 if __name__ == "__main__":

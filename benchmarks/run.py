@@ -106,27 +106,36 @@ def headline(report):
 
 
 def table(case, result):
+    """A row for each contender; a column that all would leave empty is left out."""
     floor = result["floor"]["ms"]
-    lines = [
-        f"\n### {case}: {result['name']} (floor {floor:.4g} ms)\n",
-        "| contender | median ms | quartiles | times the floor | saved B/element | peak extra B/element |",
-        "|---|---|---|---|---|---|",
-    ]
-    return "\n".join(lines + [line(row, floor) for row in result["rows"]])
-
-
-def line(row, floor):
-    if row["status"] != "ok":
-        return f"| {row['name']} | {row['status']}: {row['reason']} | | | | |"
-    cells = [
-        row["name"],
-        f"{row['ms']:.4g}",
-        f"{row['low_ms']:.4g} to {row['high_ms']:.4g}",
-        f"{row['ms'] / floor:.3g}",
-        number(row.get("saved_bytes_per_element")),
-        number(row.get("peak_bytes_per_element")),
-    ]
-    return f"| {' | '.join(cells)} |"
+    columns = {
+        "median ms": lambda row: f"{row['ms']:.4g}",
+        "quartiles": lambda row: f"{row['low_ms']:.4g} to {row['high_ms']:.4g}",
+        "least": lambda row: f"{row['least_ms']:.4g}",
+        "times the floor": lambda row: number(row["ms"] / floor if floor else None),
+        **{
+            f"times {name}": lambda row, name=name: number(row["times"].get(name))
+            for name in result["beside"]
+        },
+        "saved B/element": lambda row: number(row.get("saved_bytes_per_element")),
+        "peak extra B/element": lambda row: number(row.get("peak_bytes_per_element")),
+    }
+    measured = [row for row in result["rows"] if row["status"] == "ok"]
+    columns = {
+        head: cell
+        for head, cell in columns.items()
+        if head == "median ms" or any(cell(row) for row in measured)
+    }
+    lines = [f"\n### {case}: {result['name']}{f' (floor {floor:.4g} ms)' if floor else ''}\n"]
+    lines.append(f"| contender | {' | '.join(columns)} |")
+    lines.append("|---" * (1 + len(columns)) + "|")
+    for row in result["rows"]:
+        if row["status"] == "ok":
+            cells = [cell(row) for cell in columns.values()]
+        else:
+            cells = [f"{row['status']}: {row['reason']}"] + [""] * (len(columns) - 1)
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def number(value):

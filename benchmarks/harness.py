@@ -7,9 +7,10 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import meters
+import torch
 
 BLOCK_SECONDS = 2e-3  # a call shorter than this is repeated until a block of calls is this long
 EVENT_BLOCK = 40  # GPU calls of 50 us and more, this many or fewer to a block, are timed by events
@@ -27,6 +28,15 @@ class Contender:
 
 
 @dataclass
+class Curve:
+    """A row of problems that differ in one number."""
+
+    title: str
+    axis: str  # what the number counts
+    at: int  # the number of this problem
+
+
+@dataclass
 class Problem:
     name: str
     elements: int
@@ -36,6 +46,8 @@ class Problem:
     saves: bool = False  # the call builds an autograd graph: count what it keeps
     least_rounds: int = 5  # more of them where a few percent matter and a round is long
     beside: tuple[str, ...] = ()  # contenders that the table divides everyone's times by
+    curve: Curve | None = None  # the curve that this problem is a point of
+    threads: int | None = None  # where that is what the curve is about
 
 
 @dataclass
@@ -61,6 +73,15 @@ def require(module):
 def measure(problem, device, rates, quick=False, advance=lambda name: None):
     """One row per contender, in their order, and the floor: the fastest copy of as many bytes, or the flops
     at the speed of the machine's matrix product, whichever takes longer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(problem.threads or threads)
+    try:
+        return measured(problem, device, rates, quick, advance)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def measured(problem, device, rates, quick, advance):
     copy = Contender("copy", lambda: meters.copy_of(problem.floor_bytes, device))
     rows, calls, blocks = {}, {}, {}
     for contender in [copy, *problem.contenders]:
@@ -85,6 +106,8 @@ def measure(problem, device, rates, quick=False, advance=lambda name: None):
     copying = min(times["copy"]) if problem.floor_bytes else 0.0
     floor = 1e3 * max(copying, problem.floor_flops / rates["flops_per_s"])
     facts = {"name": problem.name, "elements": problem.elements, "beside": list(problem.beside)}
+    if problem.curve:
+        facts["curve"] = asdict(problem.curve)
     facts["floor"] = {"bytes": problem.floor_bytes, "flops": problem.floor_flops, "ms": floor}
     return facts | {"rows": list(rows.values())}
 

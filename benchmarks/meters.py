@@ -59,10 +59,12 @@ def keep_freed_memory():
 
 
 def footprint(call, elements, saves, device):
-    """Bytes per element that the call takes at its peak beyond what was there, and that its graph keeps."""
+    """Bytes that the call takes at its peak beyond what was there, all and per element, and bytes per element
+    that its graph keeps."""
     if elements < 100_000:  # pages and allocator blocks would be all there is to see
         return {}
-    result = {"peak_bytes_per_element": per_element(peak_bytes(call, device), elements)}
+    peak = peak_bytes(call, device)
+    result = {"peak_bytes": peak, "peak_bytes_per_element": per_element(peak, elements)}
     if saves:
         result["saved_bytes_per_element"] = per_element(saved_bytes(call), elements)
     return result

@@ -86,8 +86,20 @@ def run_case(name, report, options):
                 bar.update()
 
             results.append(harness.measure(problem, options.device, report["rates"], options.quick, advance))
-        print(table(name, results[-1]), flush=True)
+        if "curve" not in results[-1]:
+            print(table(name, results[-1]), flush=True)
+    for title, points in curves(results).items():
+        print(curve_table(f"{name}: {title}", points), flush=True)
     return results
+
+
+def curves(results):
+    """The points of each curve, by its title."""
+    found = {}
+    for result in results:
+        if "curve" in result:
+            found.setdefault(result["curve"]["title"], []).append(result)
+    return found
 
 
 def failed(results):
@@ -119,6 +131,7 @@ def table(case, result):
         },
         "saved B/element": lambda row: number(row.get("saved_bytes_per_element")),
         "peak extra B/element": lambda row: number(row.get("peak_bytes_per_element")),
+        "peak extra MiB": lambda row: mebibytes(row.get("peak_bytes")),
     }
     measured = [row for row in result["rows"] if row["status"] == "ok"]
     columns = {
@@ -138,8 +151,33 @@ def table(case, result):
     return "\n".join(lines)
 
 
+def curve_table(title, points):
+    """A row for each point, a column for each contender, and who could not take part below."""
+    names = list(dict.fromkeys(row["name"] for point in points for row in point["rows"]))
+    head = [points[0]["curve"]["axis"], *names]
+    floors = any(point["floor"]["ms"] for point in points)
+    lines = [f"\n### {title}, median ms\n", f"| {' | '.join([*head, 'floor'] if floors else head)} |"]
+    lines.append("|---" * (len(head) + floors) + "|")
+    for point in points:
+        rows = {row["name"]: row for row in point["rows"]}
+        cells = [f"{rows[name]['ms']:.4g}" if "ms" in rows.get(name, ()) else "" for name in names]
+        floor = [f"{point['floor']['ms']:.4g}"] if floors else []
+        lines.append(f"| {' | '.join([str(point['curve']['at']), *cells, *floor])} |")
+    failures = {
+        f"{row['name']} {row['status']}: {row['reason']}"
+        for point in points
+        for row in point["rows"]
+        if row["status"] != "ok"
+    }
+    return "\n".join([*lines, *([""] if failures else []), *sorted(failures)])
+
+
 def number(value):
     return "" if value is None else f"{value:.3g}"
+
+
+def mebibytes(value):
+    return "" if value is None else f"{value / 2**20:.1f}"
 
 
 def write(report, path):

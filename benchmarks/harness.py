@@ -104,11 +104,16 @@ def measured(problem, device, rates, quick, advance):
         rows[name] |= meters.footprint(call, problem.elements, problem.saves, device)
     del rows["copy"]
     copying = min(times["copy"]) if problem.floor_bytes else 0.0
-    floor = 1e3 * max(copying, problem.floor_flops / rates["flops_per_s"])
+    computing = problem.floor_flops / rates["flops_per_s"]
     facts = {"name": problem.name, "elements": problem.elements, "beside": list(problem.beside)}
     if problem.curve:
         facts["curve"] = asdict(problem.curve)
-    facts["floor"] = {"bytes": problem.floor_bytes, "flops": problem.floor_flops, "ms": floor}
+    facts["floor"] = {
+        "bytes": problem.floor_bytes,
+        "flops": problem.floor_flops,
+        "by": "flops" if computing > copying else "bytes",
+        "ms": 1e3 * max(copying, computing),
+    }
     return facts | {"rows": list(rows.values())}
 
 

@@ -1,13 +1,15 @@
 """Times contenders side by side, each in turn, round after round: a noisy moment is noisy for all."""
 
+import functools
 import importlib
 import importlib.util
+import itertools
 import math
 import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import meters
 import torch
@@ -48,6 +50,7 @@ class Problem:
     beside: tuple[str, ...] = ()  # contenders that the table divides everyone's times by
     curve: Curve | None = None  # the curve that this problem is a point of
     threads: int | None = None  # where that is what the curve is about
+    again: Callable[[], "Problem"] | None = None  # see `renewable`
 
 
 @dataclass
@@ -57,6 +60,26 @@ class Effort:
     least: int
     most: int
     seconds: float
+
+
+def renewable(build):
+    """Lets the problems that `build` returns be built again: the same contenders with inputs of their own."""
+
+    @functools.wraps(build)
+    def built(*args, **kwargs):
+        return replace(build(*args, **kwargs), again=lambda: built(*args, **kwargs))
+
+    return built
+
+
+class Rotation:
+    """Calls that differ in their inputs, one after the other."""
+
+    def __init__(self, calls):
+        self.calls, self.order = calls, itertools.cycle(calls)
+
+    def __call__(self):
+        return next(self.order)()
 
 
 QUICK = Effort(least=3, most=3, seconds=0.0)
@@ -83,16 +106,18 @@ def measure(problem, device, rates, quick=False, advance=lambda name: None):
 
 def measured(problem, device, rates, quick, advance):
     copy = Contender("copy", lambda: meters.copy_of(problem.floor_bytes, device))
+    inputs = input_sets(problem, device)
     rows, calls, blocks = {}, {}, {}
     for contender in [copy, *problem.contenders]:
-        advance(contender.name)
-        row = rows[contender.name] = {"name": contender.name, "status": "ok"}
+        name = contender.name
+        advance(name)
+        row = rows[name] = {"name": name, "status": "ok"}
         try:
             if quick and contender.compiles:
                 raise Absent("left out by --quick")
-            call = contender.make()
-            blocks[contender.name] = warm_up(call, device)
-            calls[contender.name] = call
+            each = [makers.get(name, contender).make() for makers in inputs]
+            blocks[name] = [warm_up(call, device) for call in each][-1]
+            calls[name] = Rotation(each) if len(each) > 1 else each[0]
         except Absent as reason:
             row |= {"status": "absent", "reason": str(reason)}
         except Exception as error:  # that a peer fails is a result, whatever the error
@@ -101,7 +126,10 @@ def measured(problem, device, rates, quick, advance):
     times = interleave(calls, blocks, device, effort, advance)
     for name, call in calls.items():
         rows[name] |= summary(times[name]) | {"times": ratios(times, name, problem.beside)}
-        rows[name] |= meters.footprint(call, problem.elements, problem.saves, device)
+        one = call.calls[0] if isinstance(call, Rotation) else call
+        rows[name] |= meters.footprint(one, problem.elements, problem.saves, device)
+    if device == "cuda":
+        replay(calls, rows, effort, advance)
     del rows["copy"]
     copying = min(times["copy"]) if problem.floor_bytes else 0.0
     computing = problem.floor_flops / rates["flops_per_s"]
@@ -115,6 +143,29 @@ def measured(problem, device, rates, quick, advance):
         "ms": 1e3 * max(copying, computing),
     }
     return facts | {"rows": list(rows.values())}
+
+
+def input_sets(problem, device):
+    """Makers of each contender by its name, for as many sets of inputs as it takes for a call not to find its
+    own in a GPU's cache. On a CPU one: there a call finds in the caches what the call before has left, as it
+    does in a loop, and so does the copy that is the floor."""
+    count = meters.sets_beyond_cache(max(problem.floor_bytes, 4 * problem.elements), device)
+    problems = [problem, *((problem.again or (lambda: problem))() for _ in range(count - 1))]
+    return [{contender.name: contender for contender in each.contenders} for each in problems]
+
+
+def replay(calls, rows, effort, advance):
+    """The calls once more, as CUDA graphs: the device's time, whatever the host does."""
+    graphs = {}
+    for name, call in calls.items():
+        try:
+            each = call.calls if isinstance(call, Rotation) else [call]
+            graphs[name] = Rotation([meters.captured(one) for one in each])
+        except Exception as error:  # what waits for the device cannot be captured
+            rows[name]["graph"] = {"status": "failed", "reason": first_line(error)}
+    times = interleave(graphs, dict.fromkeys(graphs, 1), "cuda", effort, advance)
+    for name in graphs:
+        rows[name]["graph"] = {"status": "ok"} | summary(times[name])
 
 
 def first_line(error):

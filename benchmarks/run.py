@@ -124,6 +124,7 @@ def table(case, result):
         "median ms": lambda row: f"{row['ms']:.4g}",
         "quartiles": lambda row: f"{row['low_ms']:.4g} to {row['high_ms']:.4g}",
         "least": lambda row: f"{row['least_ms']:.4g}",
+        "graph replay ms": lambda row: replayed(row.get("graph")),
         "times the floor": lambda row: number(row["ms"] / floor if floor else None),
         **{
             f"times {name}": lambda row, name=name: number(row["times"].get(name))
@@ -170,6 +171,13 @@ def curve_table(title, points):
         if row["status"] != "ok"
     }
     return "\n".join([*lines, *([""] if failures else []), *sorted(failures)])
+
+
+def replayed(graph):
+    """The median as a CUDA graph, or why there is none."""
+    if graph is None:
+        return ""
+    return f"{graph['ms']:.4g}" if graph["status"] == "ok" else f"{graph['status']}: {graph['reason'][:60]}"
 
 
 def number(value):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 import torchqat.functional as F
-from harness import Contender, Curve, Problem
+from harness import Contender, Curve, Problem, renewable
 
 from cases import bcgd, feature_affinity, quantize_weight, staircase_relu
 
@@ -38,19 +38,20 @@ def on_curve(problem, title, axis, at, names=None):
 
 
 def forward(device, quick):
-    """Without gradient."""
     for n in elements(device, quick):
-        x, alpha = torch.randn(n, device=device), torch.tensor(STEP, device=device)
-        calls = {
-            "torchqat": lambda x=x, alpha=alpha: F.staircase_relu(x, alpha, BITS),
-            "torch.relu": lambda x=x: torch.relu(x),
-            "fake_quantize_per_tensor_affine": lambda x=x: torch.fake_quantize_per_tensor_affine(
-                x, STEP, 0, 0, TOP
-            ),
-        }
-        makers = [Contender(name, lambda call=call: call) for name, call in calls.items()]
-        problem = Problem("", n, makers, floor_bytes=8 * n)
-        yield on_curve(problem, "staircase_relu without gradient", "elements", n)
+        yield on_curve(without_gradient(n, device), "staircase_relu without gradient", "elements", n)
+
+
+@renewable
+def without_gradient(n, device):
+    x, alpha = torch.randn(n, device=device), torch.tensor(STEP, device=device)
+    calls = {
+        "torchqat": lambda: F.staircase_relu(x, alpha, BITS),
+        "torch.relu": lambda: torch.relu(x),
+        "fake_quantize_per_tensor_affine": lambda: torch.fake_quantize_per_tensor_affine(x, STEP, 0, 0, TOP),
+    }
+    makers = [Contender(name, lambda call=call: call) for name, call in calls.items()]
+    return Problem("", n, makers, floor_bytes=8 * n)
 
 
 def forward_and_backward(device, quick):

@@ -2,7 +2,7 @@
 
 import torch
 import torchqat.functional as F
-from harness import Contender, Problem, require
+from harness import Contender, Problem, renewable, require
 from peers import EagerStaircase, lsq
 
 OPS = ("staircase_relu",)
@@ -20,6 +20,7 @@ def problems(device, quick):
     return [problem(name, shape, dtype, device) for name, shape in sizes.items() for dtype in dtypes]
 
 
+@renewable
 def problem(name, shape, dtype, device):
     x = torch.randn(shape, device=device).to(dtype).requires_grad_()
     # forward: x in, y out, a 2-bit code out; backward: the code and the gradient in, a gradient out

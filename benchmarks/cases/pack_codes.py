@@ -18,7 +18,7 @@ def unpack(packed, bits, size):
 
 
 def problems(device, quick):
-    n = 2 ** (18 if quick else 24)
+    n = 2 ** (18 if quick else 28 if device == "cuda" else 24)
     return [problem(n, bits, device) for bits in (2, 4) for problem in (packing, unpacking)]
 
 

@@ -14,7 +14,10 @@ def eager(x, alpha):
 
 
 def problems(device, quick):
-    return [problem((4 if quick else 64, 64, 32, 32), device)]
+    sizes = [(4 if quick else 64, 64, 32, 32)] + (
+        [(64, 256, 64, 64)] if device == "cuda" and not quick else []
+    )
+    return [problem(size, device) for size in sizes]
 
 
 @renewable

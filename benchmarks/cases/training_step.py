@@ -33,7 +33,8 @@ FLOAT, OURS = "float, fused SGD", "torchqat BCGD, W1A4"
 
 
 def problems(device, quick):
-    return [problem(*size, device) for size in (QUICK_SIZES if quick else SIZES)]
+    larger = [("resnet18", 224, 64)] if device == "cuda" else []
+    return [problem(*size, device) for size in (QUICK_SIZES if quick else SIZES + larger)]
 
 
 def problem(name, size, batch, device):

@@ -1,5 +1,6 @@
 """The benchmarks run, leave nobody out silently, and cover every operator."""
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -267,6 +268,61 @@ def test_on_a_gpu_inputs_take_turns_and_calls_are_replayed_as_graphs(harness, pr
     run = importlib.import_module("run")
     assert "| graph replay ms |" in run.table("case", result)
     assert "failed: RuntimeError: called a synchronizing operation" in run.table("case", result)
+
+
+@pytest.fixture
+def pretended_graphs(monkeypatch):
+    """What torch.cuda is asked for when a call is captured, in order."""
+    asked = []
+
+    class Stream:
+        def wait_stream(self, other):
+            asked.append("wait")
+
+    class Graph:
+        def replay(self):
+            asked.append("replay")
+
+    def in_context(word):
+        @contextlib.contextmanager
+        def context(*_, **__):
+            asked.append(word)
+            yield
+            asked.append(f"end of {word}")
+
+        return context
+
+    for name, fake in {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "CUDAGraph": Graph,
+        "stream": in_context("stream"),
+        "graph": in_context("capture"),
+        "synchronize": lambda: asked.append("synchronize"),
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": asked.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return asked
+
+
+def test_a_call_is_captured_once_it_is_known_not_to_wait(harness, pretended_graphs):
+    captured = importlib.import_module("meters").captured
+    captured(lambda: pretended_graphs.append("call"))()
+    warm_up = ["wait", "stream", "call", "error", "call", 0, "end of stream", "synchronize"]
+    capture = ["capture", "call", "end of capture", "replay", "synchronize"]
+    assert pretended_graphs == [*warm_up, *capture, "replay"]
+
+
+def test_a_call_that_waits_is_never_captured(harness, pretended_graphs):
+    def waits():
+        if "error" in pretended_graphs:
+            raise RuntimeError("called a synchronizing operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        importlib.import_module("meters").captured(waits)
+    assert pretended_graphs[-1] == 0, "other calls may wait again"
+    assert "capture" not in pretended_graphs
 
 
 def test_sets_of_inputs_fill_the_cache_twice(pretended_gpu):

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.metadata
+import math
 import os
 import platform
 import time
@@ -25,8 +26,7 @@ class ColdEvents:
     WRITES = 8
 
     def __init__(self):
-        size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self.flush = torch.empty(max(2 * size, 1 << 28), dtype=torch.uint8, device="cuda")
+        self.flush = torch.empty(max(2 * cache_bytes(), 1 << 28), dtype=torch.uint8, device="cuda")
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def __call__(self, call):
@@ -37,6 +37,38 @@ class ColdEvents:
         self.end.record()
         self.end.synchronize()
         return self.start.elapsed_time(self.end) * 1e-3
+
+
+def cache_bytes():
+    """Of the GPU's L2."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+
+
+def sets_beyond_cache(size, device):
+    """How many sets of inputs of `size` bytes fill a GPU's cache twice, 8 at most; 1 on a CPU."""
+    return 1 if device != "cuda" else min(8, math.ceil(2 * cache_bytes() / max(size, 1)))
+
+
+def captured(call):
+    """The call as a CUDA graph, ready to be replayed. One that waits for the device is refused before it is
+    captured: a capture that fails leaves the allocator in a state that later captures would meet."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    mode = torch.cuda.get_sync_debug_mode()
+    with torch.cuda.stream(stream):
+        call()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
 
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's numbers for mallopt
@@ -59,10 +91,12 @@ def keep_freed_memory():
 
 
 def footprint(call, elements, saves, device):
-    """Bytes per element that the call takes at its peak beyond what was there, and that its graph keeps."""
+    """Bytes that the call takes at its peak beyond what was there, all and per element, and bytes per element
+    that its graph keeps."""
     if elements < 100_000:  # pages and allocator blocks would be all there is to see
         return {}
-    result = {"peak_bytes_per_element": per_element(peak_bytes(call, device), elements)}
+    peak = peak_bytes(call, device)
+    result = {"peak_bytes": peak, "peak_bytes_per_element": per_element(peak, elements)}
     if saves:
         result["saved_bytes_per_element"] = per_element(saved_bytes(call), elements)
     return result

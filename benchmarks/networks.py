@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torchqat
 from harness import require
+from peers import BinaryWeight, EagerStaircase
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -85,9 +86,15 @@ class _Alternating(nn.Module):
         return self.each[self.calls % len(self.each)](x)
 
 
-def arguments(conv):
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-    return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None}
+WEIGHTED = (nn.Conv2d, nn.Linear)
+
+
+def arguments(layer):
+    if isinstance(layer, nn.Linear):
+        names = ("in_features", "out_features")
+    else:
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+    return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
 
 
 def brevitas_network(model, bits):
@@ -95,10 +102,9 @@ def brevitas_network(model, bits):
     layers, quant = require("brevitas.nn"), require("brevitas.quant")
 
     def make(module):
-        if isinstance(module, nn.Conv2d):
-            return layers.QuantConv2d(
-                **arguments(module), weight_quant=quant.SignedBinaryWeightPerTensorConst
-            )
+        if isinstance(module, WEIGHTED):
+            layer = layers.QuantConv2d if isinstance(module, nn.Conv2d) else layers.QuantLinear
+            return layer(**arguments(module), weight_quant=quant.SignedBinaryWeightPerTensorConst)
         if isinstance(module, nn.ReLU):
             relu = layers.QuantReLU(bit_width=bits)
             for _ in range(301):
@@ -120,8 +126,18 @@ class FakeQuantizedConv2d(nn.Conv2d):
         return super()._conv_forward(input, self.quantize(weight.flatten(1)).view_as(weight), bias)
 
 
-def with_weights(conv, quantize):
-    return FakeQuantizedConv2d(quantize, **arguments(conv))
+class FakeQuantizedLinear(nn.Linear):
+    def __init__(self, quantize, **arguments):
+        super().__init__(**arguments)
+        self.quantize = quantize
+
+    def forward(self, input):
+        return F.linear(input, self.quantize(self.weight), self.bias)
+
+
+def with_weights(layer, quantize):
+    kind = FakeQuantizedConv2d if isinstance(layer, nn.Conv2d) else FakeQuantizedLinear
+    return kind(quantize, **arguments(layer))
 
 
 def torch_network(model, bits):
@@ -129,7 +145,7 @@ def torch_network(model, bits):
     quantization = require("torch.ao.quantization")
 
     def make(module):
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, WEIGHTED):
             observer = quantization.MovingAveragePerChannelMinMaxObserver
             weights = quantization.FakeQuantize(
                 observer, -128, 127, dtype=torch.qint8, qscheme=torch.per_channel_symmetric, ch_axis=0
@@ -160,8 +176,34 @@ def torchao_network(model, bits):
             return self.quantize(F.relu(x, inplace=True).flatten(1)).view_as(x)
 
     def make(module):
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, WEIGHTED):
             return with_weights(module, quantizer(torch.int4, "per_channel", True))
         return Rows() if isinstance(module, nn.ReLU) else None
+
+    return replaced(model, make)
+
+
+class HandWrittenReLU(nn.Module):
+    """Our default staircase and its step size, without torchqat."""
+
+    def __init__(self, bits):
+        super().__init__()
+        self.bits, self.alpha = bits, nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x):
+        return EagerStaircase.apply(x, self.alpha, self.bits)
+
+
+def hand_written_activations(model, bits):
+    return replaced(model, lambda module: HandWrittenReLU(bits) if isinstance(module, nn.ReLU) else None)
+
+
+def hand_written_network(model, bits):
+    """Binary weights and staircases by Python Functions, as most papers' code has them."""
+
+    def make(module):
+        if isinstance(module, WEIGHTED):
+            return with_weights(module, BinaryWeight.apply)
+        return HandWrittenReLU(bits) if isinstance(module, nn.ReLU) else None
 
     return replaced(model, make)

@@ -27,6 +27,18 @@ class EagerStaircase(torch.autograd.Function):
         return grad * inside, grad_alpha.reshape(alpha.shape), None
 
 
+class BinaryWeight(torch.autograd.Function):
+    """The least-squares binary weights, mean |w| times the sign, passed straight through in backward."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return torch.where(weight < 0, -1.0, 1.0) * weight.abs().mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
 def ternary_by_sorting(weight):
     """The least-squares ternary projection: sort |w|, take the prefix of largest (sum)^2 / length."""
     magnitude = weight.abs().flatten()

@@ -86,8 +86,20 @@ def run_case(name, report, options):
                 bar.update()
 
             results.append(harness.measure(problem, options.device, report["rates"], options.quick, advance))
-        print(table(name, results[-1]), flush=True)
+        if "curve" not in results[-1]:
+            print(table(name, results[-1]), flush=True)
+    for title, points in curves(results).items():
+        print(curve_table(f"{name}: {title}", points), flush=True)
     return results
+
+
+def curves(results):
+    """The points of each curve, by its title."""
+    found = {}
+    for result in results:
+        if "curve" in result:
+            found.setdefault(result["curve"]["title"], []).append(result)
+    return found
 
 
 def failed(results):
@@ -106,31 +118,74 @@ def headline(report):
 
 
 def table(case, result):
+    """A row for each contender; a column that all would leave empty is left out."""
     floor = result["floor"]["ms"]
-    lines = [
-        f"\n### {case}: {result['name']} (floor {floor:.4g} ms)\n",
-        "| contender | median ms | quartiles | times the floor | saved B/element | peak extra B/element |",
-        "|---|---|---|---|---|---|",
-    ]
-    return "\n".join(lines + [line(row, floor) for row in result["rows"]])
+    columns = {
+        "median ms": lambda row: f"{row['ms']:.4g}",
+        "quartiles": lambda row: f"{row['low_ms']:.4g} to {row['high_ms']:.4g}",
+        "least": lambda row: f"{row['least_ms']:.4g}",
+        "graph replay ms": lambda row: replayed(row.get("graph")),
+        "times the floor": lambda row: number(row["ms"] / floor if floor else None),
+        **{
+            f"times {name}": lambda row, name=name: number(row["times"].get(name))
+            for name in result["beside"]
+        },
+        "saved B/element": lambda row: number(row.get("saved_bytes_per_element")),
+        "peak extra B/element": lambda row: number(row.get("peak_bytes_per_element")),
+        "peak extra MiB": lambda row: mebibytes(row.get("peak_bytes")),
+    }
+    measured = [row for row in result["rows"] if row["status"] == "ok"]
+    columns = {
+        head: cell
+        for head, cell in columns.items()
+        if head == "median ms" or any(cell(row) for row in measured)
+    }
+    lines = [f"\n### {case}: {result['name']}{f' (floor {floor:.4g} ms)' if floor else ''}\n"]
+    lines.append(f"| contender | {' | '.join(columns)} |")
+    lines.append("|---" * (1 + len(columns)) + "|")
+    for row in result["rows"]:
+        if row["status"] == "ok":
+            cells = [cell(row) for cell in columns.values()]
+        else:
+            cells = [f"{row['status']}: {row['reason']}"] + [""] * (len(columns) - 1)
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def line(row, floor):
-    if row["status"] != "ok":
-        return f"| {row['name']} | {row['status']}: {row['reason']} | | | | |"
-    cells = [
-        row["name"],
-        f"{row['ms']:.4g}",
-        f"{row['low_ms']:.4g} to {row['high_ms']:.4g}",
-        f"{row['ms'] / floor:.3g}",
-        number(row.get("saved_bytes_per_element")),
-        number(row.get("peak_bytes_per_element")),
-    ]
-    return f"| {' | '.join(cells)} |"
+def curve_table(title, points):
+    """A row for each point, a column for each contender, and who could not take part below."""
+    names = list(dict.fromkeys(row["name"] for point in points for row in point["rows"]))
+    head = [points[0]["curve"]["axis"], *names]
+    floors = any(point["floor"]["ms"] for point in points)
+    lines = [f"\n### {title}, median ms\n", f"| {' | '.join([*head, 'floor'] if floors else head)} |"]
+    lines.append("|---" * (len(head) + floors) + "|")
+    for point in points:
+        rows = {row["name"]: row for row in point["rows"]}
+        cells = [f"{rows[name]['ms']:.4g}" if "ms" in rows.get(name, ()) else "" for name in names]
+        floor = [f"{point['floor']['ms']:.4g}"] if floors else []
+        lines.append(f"| {' | '.join([str(point['curve']['at']), *cells, *floor])} |")
+    failures = {
+        f"{row['name']} {row['status']}: {row['reason']}"
+        for point in points
+        for row in point["rows"]
+        if row["status"] != "ok"
+    }
+    return "\n".join([*lines, *([""] if failures else []), *sorted(failures)])
+
+
+def replayed(graph):
+    """The median as a CUDA graph, or why there is none."""
+    if graph is None:
+        return ""
+    return f"{graph['ms']:.4g}" if graph["status"] == "ok" else f"{graph['status']}: {graph['reason'][:60]}"
 
 
 def number(value):
     return "" if value is None else f"{value:.3g}"
+
+
+def mebibytes(value):
+    return "" if value is None else f"{value / 2**20:.1f}"
 
 
 def write(report, path):

@@ -1,5 +1,6 @@
 """The benchmarks run, leave nobody out silently, and cover every operator."""
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchqat  # noqa: F401 - loads the operators
+import torchqat
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+CASES = sorted(path.stem for path in (BENCHMARKS / "cases").glob("[!_]*.py"))
+RATES = {"flops_per_s": 1e9}
 
 
 @pytest.fixture
@@ -36,6 +39,60 @@ def test_every_operator_has_a_case(cases):
     assert covered == public_operators()
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in CASES])
+def test_a_case_measures_everyone_who_is_installed(name, harness, cases, one_thread):
+    installed = {peer for peer in ("torchao", "brevitas") if importlib.util.find_spec(peer)}
+    allowed = {"left out by --quick"} | {
+        f"{peer} is not installed" for peer in {"torchao", "brevitas"} - installed
+    }
+    if name == "call_overhead":
+        allowed |= {"cmake is not installed", "c++ is not installed"}
+    for problem in cases.load(name).problems("cpu", True):
+        assert any(contender.name.startswith("torchqat") for contender in problem.contenders), problem.name
+        rows = harness.measure(problem, "cpu", RATES, quick=True)["rows"]
+        unmeasured = [row for row in rows if row["status"] != "ok" and row.get("reason") not in allowed]
+        assert not unmeasured, problem.name
+        assert set(problem.beside) <= {row["name"] for row in rows}
+        assert all(set(row["times"]) <= set(problem.beside) for row in rows if row["status"] == "ok")
+
+
+@pytest.mark.slow
+def test_who_is_said_to_train_w1a4_does(harness, cases, one_thread):
+    """Every convolution sees two values of its weights, and 16 of its input unless that is the image."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if "conv" in operator.name():
+                calls.append([tensor.unique().numel() for tensor in args[:2]])
+            return operator(*args, **(kwargs or {}))
+
+    (problem,) = cases.load("training_step").problems("cpu", True)
+    named = [c for c in problem.contenders if c.name.endswith("W1A4") and not c.compiles]
+    assert len(named) == 5
+    for contender in named:
+        try:
+            step = contender.make()
+        except harness.Absent:
+            continue
+        for _ in range(3):
+            step()
+        calls = []
+        with Seen(), torch.no_grad():
+            step.model.train(False)(step.images)
+        assert len(calls) == 19, contender.name
+        assert {weights for _, weights in calls} == {2}, contender.name
+        assert all(inputs <= 16 for inputs, _ in calls[1:]), contender.name
+
+
 def test_a_quick_run_writes_a_report_and_a_plot(tmp_path):
     pytest.importorskip("tqdm")
     pytest.importorskip("matplotlib")
@@ -48,6 +105,7 @@ def test_a_quick_run_writes_a_report_and_a_plot(tmp_path):
     report = json.loads(report_path.read_text())
     assert report["machine"]["threads"] == 1
     assert report["machine"]["versions"]["torch"] in torch.__version__
+    assert report["machine"]["torchqat"]["commit"] == torchqat.build_info()["commit"]
     for result in report["cases"]["staircase_relu"]:
         assert result["floor"]["ms"] > 0
         rows = {row["name"]: row for row in result["rows"]}
@@ -86,9 +144,196 @@ def test_a_device_that_is_not_there_is_a_clear_error(harness, capsys):
     assert "no CUDA device here: torch.cuda.is_available() is False" in capsys.readouterr().err
 
 
+def small_problem(harness, calls, **options):
+    makers = [harness.Contender(name, lambda call=call: call) for name, call in calls.items()]
+    return harness.Problem("small", 10, makers, **({"floor_bytes": 64} | options))
+
+
+def test_times_are_given_as_multiples_of_the_chosen_contenders(harness):
+    times = {"one": [1.0, 2.0, 9.0], "other": [2.0, 4.0, 2.0]}
+    assert harness.ratios(times, "one", ("other", "absent")) == {"other": 0.5}
+    problem = small_problem(harness, {"one": lambda: None, "other": lambda: None}, beside=("other",))
+    result = harness.measure(problem, "cpu", RATES, quick=True)
+    assert result["beside"] == ["other"]
+    assert result["rows"][1]["times"] == {"other": 1.0}
+    pytest.importorskip("tqdm")
+    table = importlib.import_module("run").table("case", result)
+    assert "| times other |" in table and "saved" not in table
+
+
+def test_a_problem_can_set_the_threads(harness, one_thread):
+    seen = set()
+    problem = small_problem(harness, {"one": lambda: seen.add(torch.get_num_threads())}, threads=2)
+    harness.measure(problem, "cpu", RATES, quick=True)
+    assert (seen, torch.get_num_threads()) == ({2}, 1)
+
+
+@pytest.fixture
+def curve(harness):
+    """Two points of a curve, without a contender on the second."""
+
+    def too_large():
+        raise harness.Absent("too large")
+
+    points = [small_problem(harness, {"torchqat": lambda: None, "peer": lambda: None}) for _ in range(2)]
+    points[1].contenders[1].make = too_large
+    for point, size in zip(points, (16, 64), strict=True):
+        point.curve = harness.Curve("a title", "pixels", size)
+    return [harness.measure(point, "cpu", RATES, quick=True) for point in points]
+
+
+def test_a_curve_is_one_table(curve, harness):
+    pytest.importorskip("tqdm")
+    run = importlib.import_module("run")
+    ((title, points),) = run.curves(curve).items()
+    lines = run.curve_table(title, points).strip().splitlines()
+    assert lines[0] == "### a title, median ms"
+    assert lines[2] == "| pixels | torchqat | peer | floor |"
+    assert lines[4].startswith("| 16 | ") and lines[5].startswith("| 64 | ")
+    assert lines[5].split(" | ")[2] == ""
+    assert lines[-1] == "peer absent: too large"
+
+
+def test_bars_and_curves_are_drawn(curve, harness, tmp_path):
+    pytest.importorskip("matplotlib")
+    without_floor = small_problem(harness, {"torchqat": lambda: None}, floor_bytes=0)
+    without_floor.contenders.append(harness.Contender("peer", lambda: harness.require("no_such_library")))
+    bars = harness.measure(without_floor, "cpu", RATES, quick=True)
+    assert bars["floor"]["ms"] == 0
+    machine = {"cpu": "a CPU", "threads": 1, "versions": {"torch": "2"}}
+    report = {"machine": machine, "cases": {"curves": curve, "bars": [bars, curve[0] | {"name": "x"}]}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    drawn = importlib.import_module("plot").draw(tmp_path / "report.json")
+    assert [path.name for path in drawn] == ["report_curves.png", "report_bars.png"]
+    assert all(path.stat().st_size > 1000 for path in drawn)
+
+
+def test_the_share_of_the_floor_is_told_in_the_unit_that_sets_it(harness):
+    pytest.importorskip("matplotlib")
+    plot = importlib.import_module("plot")
+    floor = {"bytes": 4_000_000, "flops": 8_000_000, "by": "bytes", "ms": 1.0}
+    assert plot.reached(floor, 2.0) == ", 50 % (2 GB/s)"
+    assert plot.reached(floor | {"by": "flops"}, 2.0) == ", 50 % (4 GFLOP/s)"
+    assert plot.reached(floor | {"ms": 0.0}, 2.0) == ""
+
+
+@pytest.fixture
+def pretended_gpu(harness, monkeypatch):
+    """A device "cuda" that is the CPU: what the harness does with a GPU's instruments, without one."""
+    meters = importlib.import_module("meters")
+    copy_of, captures = meters.copy_of, []
+
+    def captured(call):
+        if getattr(call, "waits", False):
+            raise RuntimeError("called a synchronizing operation")
+        captures.append(call)
+        return call
+
+    class Events:
+        def __call__(self, call):
+            call()
+            return 1e-3
+
+    monkeypatch.setattr(meters, "synchronize", lambda device: None)
+    monkeypatch.setattr(meters, "copy_of", lambda size, device: copy_of(size, "cpu"))
+    monkeypatch.setattr(meters, "cache_bytes", lambda: 64)
+    monkeypatch.setattr(meters, "captured", captured)
+    monkeypatch.setattr(meters, "ColdEvents", Events)
+    return captures
+
+
+def test_on_a_gpu_inputs_take_turns_and_calls_are_replayed_as_graphs(harness, pretended_gpu):
+    built = []
+
+    @harness.renewable
+    def problem():
+        inputs = len(built)
+        built.append(set())
+        return small_problem(harness, {"torchqat": lambda: built[inputs].add(inputs), "waits": Waits()})
+
+    class Waits:
+        waits = True
+
+        def __call__(self):
+            pass
+
+    result = harness.measure(problem(), "cuda", RATES, quick=True)
+    assert built == [{0}, {1}]  # 64 bytes of inputs for a cache of 64: two sets fill it twice
+    ours, waits = result["rows"]
+    assert ours["graph"] == {"status": "ok", "ms": 1, "low_ms": 1, "high_ms": 1, "least_ms": 1, "rounds": 3}
+    assert waits["graph"]["reason"] == "RuntimeError: called a synchronizing operation"
+    assert waits["status"] == "ok"
+    assert len(pretended_gpu) == 4  # the copy's and ours, two sets of inputs each
+    pytest.importorskip("tqdm")
+    run = importlib.import_module("run")
+    assert "| graph replay ms |" in run.table("case", result)
+    assert "failed: RuntimeError: called a synchronizing operation" in run.table("case", result)
+
+
+@pytest.fixture
+def pretended_graphs(monkeypatch):
+    """What torch.cuda is asked for when a call is captured, in order."""
+    asked = []
+
+    class Stream:
+        def wait_stream(self, other):
+            asked.append("wait")
+
+    class Graph:
+        def replay(self):
+            asked.append("replay")
+
+    def in_context(word):
+        @contextlib.contextmanager
+        def context(*_, **__):
+            asked.append(word)
+            yield
+            asked.append(f"end of {word}")
+
+        return context
+
+    for name, fake in {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "CUDAGraph": Graph,
+        "stream": in_context("stream"),
+        "graph": in_context("capture"),
+        "synchronize": lambda: asked.append("synchronize"),
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": asked.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return asked
+
+
+def test_a_call_is_captured_once_it_is_known_not_to_wait(harness, pretended_graphs):
+    captured = importlib.import_module("meters").captured
+    captured(lambda: pretended_graphs.append("call"))()
+    warm_up = ["wait", "stream", "call", "error", "call", 0, "end of stream", "synchronize"]
+    capture = ["capture", "call", "end of capture", "replay", "synchronize"]
+    assert pretended_graphs == [*warm_up, *capture, "replay"]
+
+
+def test_a_call_that_waits_is_never_captured(harness, pretended_graphs):
+    def waits():
+        if "error" in pretended_graphs:
+            raise RuntimeError("called a synchronizing operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        importlib.import_module("meters").captured(waits)
+    assert pretended_graphs[-1] == 0, "other calls may wait again"
+    assert "capture" not in pretended_graphs
+
+
+def test_sets_of_inputs_fill_the_cache_twice(pretended_gpu):
+    sets = importlib.import_module("meters").sets_beyond_cache
+    assert [sets(size, "cuda") for size in (0, 1, 64, 127, 128, 10**6)] == [8, 8, 2, 2, 1, 1]
+    assert sets(1, "cpu") == 1
+
+
 def row_of(harness, make, **options):
     problem = harness.Problem("small", 10, [harness.Contender("one", make, **options)], floor_bytes=64)
-    (row,) = harness.measure(problem, "cpu", {"flops_per_s": 1e9}, quick=True)["rows"]
+    (row,) = harness.measure(problem, "cpu", RATES, quick=True)["rows"]
     return row
 
 
@@ -105,7 +350,7 @@ def test_who_cannot_take_part_is_named_with_the_reason(harness):
 
 def test_the_floor_is_the_slower_of_bytes_and_flops(harness):
     problem = harness.Problem("small", 10, [], floor_bytes=64, floor_flops=10**9)
-    assert harness.measure(problem, "cpu", {"flops_per_s": 1e9}, quick=True)["floor"]["ms"] == 1000
+    assert harness.measure(problem, "cpu", RATES, quick=True)["floor"]["ms"] == 1000
 
 
 def test_saved_bytes_counts_every_storage_once(harness):

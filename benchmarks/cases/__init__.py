@@ -1,4 +1,5 @@
-"""One module per operator: `OPS`, the operators it is about, and `problems(device, quick)`."""
+"""One module per operator, and some about more than one: `OPS`, the operators it is about, and
+`problems(device, quick)`, a list or what makes one after the other."""
 
 import importlib
 import pkgutil

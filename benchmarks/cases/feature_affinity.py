@@ -2,7 +2,7 @@
 channels in plain torch, and against the similarity loss that distillation libraries offer."""
 
 import torch
-from harness import Contender, Problem
+from harness import Contender, Problem, renewable
 from peers import affinity_by_channels, affinity_by_pixels, similarity
 from torchqat.functional import fast_feature_affinity_loss, feature_affinity_loss
 
@@ -18,6 +18,7 @@ def problems(device, quick):
     return [problem(size, norm, device) for size in sizes for norm in ("l1", "fro")]
 
 
+@renewable
 def problem(size, norm, device):
     """The floor is the float32 products of the cheapest exact form, the symmetric ones by half."""
     batch, channels, height, width = size

@@ -2,7 +2,7 @@
 
 import torch
 import torchqat.functional as F
-from harness import Contender, Problem
+from harness import Contender, Problem, renewable
 
 OPS = ("pack_codes", "unpack_codes")
 
@@ -18,21 +18,28 @@ def unpack(packed, bits, size):
 
 
 def problems(device, quick):
-    n = 2 ** (18 if quick else 24)
-    return [problem for bits in (2, 4) for problem in both_ways(n, bits, device)]
+    n = 2 ** (18 if quick else 28 if device == "cuda" else 24)
+    return [problem(n, bits, device) for bits in (2, 4) for problem in (packing, unpacking)]
 
 
-def both_ways(n, bits, device):
+@renewable
+def packing(n, bits, device):
     codes = torch.randint(0, 2**bits, (n,), dtype=torch.uint8, device=device)
-    packed = F.pack_codes(codes, bits)
-    size = f"{n / 1e6:.2g} M codes of {bits} bits"
-    floor = n + packed.numel()
-    return [
-        Problem(f"pack {size}", n, contenders(F.pack_codes, pack, codes, bits), floor_bytes=floor),
-        Problem(
-            f"unpack {size}", n, contenders(F.unpack_codes, unpack, packed, bits, [n]), floor_bytes=floor
-        ),
-    ]
+    return problem(f"pack {title(n, bits)}", n, bits, contenders(F.pack_codes, pack, codes, bits))
+
+
+@renewable
+def unpacking(n, bits, device):
+    packed = torch.randint(0, 2**8, (n * bits // 8,), dtype=torch.uint8, device=device)
+    return problem(f"unpack {title(n, bits)}", n, bits, contenders(F.unpack_codes, unpack, packed, bits, [n]))
+
+
+def title(n, bits):
+    return f"{n / 1e6:.2g} M codes of {bits} bits"
+
+
+def problem(name, n, bits, makers):
+    return Problem(name, n, makers, floor_bytes=n + n * bits // 8)
 
 
 def contenders(ours, eager, *arguments):

@@ -2,7 +2,7 @@
 
 import torch
 import torchqat.functional as F
-from harness import Contender, Problem, require
+from harness import Contender, Problem, renewable, require
 from peers import EagerStaircase, lsq
 
 OPS = ("staircase_relu",)
@@ -11,15 +11,17 @@ BITS = 4
 TOP = 2**BITS - 1
 STEP = 0.1
 SIZES = {"16x64x32x32": (16, 64, 32, 32), "64x64x32x32": (64, 64, 32, 32), "16": (16,)}
+CUDA_SIZES = SIZES | {"64x256x64x64": (64, 256, 64, 64)}
 QUICK_SIZES = {"4x8x16x16": (4, 8, 16, 16), "16": (16,)}
 
 
 def problems(device, quick):
-    sizes = QUICK_SIZES if quick else SIZES
+    sizes = QUICK_SIZES if quick else CUDA_SIZES if device == "cuda" else SIZES
     dtypes = (torch.float32, torch.bfloat16)
     return [problem(name, shape, dtype, device) for name, shape in sizes.items() for dtype in dtypes]
 
 
+@renewable
 def problem(name, shape, dtype, device):
     x = torch.randn(shape, device=device).to(dtype).requires_grad_()
     # forward: x in, y out, a 2-bit code out; backward: the code and the gradient in, a gradient out

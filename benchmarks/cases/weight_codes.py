@@ -2,7 +2,7 @@
 
 import torch
 import torchqat.functional as F
-from harness import Contender, Problem
+from harness import Contender, Problem, renewable
 
 OPS = ("weight_codes",)
 
@@ -16,18 +16,21 @@ def eager(weight, scale):
 
 
 def problems(device, quick):
-    weight = torch.randn(64 if quick else 2400, 512, 3, 3, device=device)
+    counts = [64 if quick else 2400] + ([15000] if device == "cuda" and not quick else [])
+    return [problem((count, 512, 3, 3), device) for count in counts]
+
+
+@renewable
+def problem(shape, device):
+    weight = torch.randn(shape, device=device)
     _, scale = F.quantize_weight(weight, BITS)
     makers = [
         Contender("torchqat", lambda: lambda: F.weight_codes(weight, scale, BITS)),
         Contender("eager abs, ceil, clamp, cast", lambda: lambda: eager(weight, scale)),
         Contender("torch.compile of it", lambda: compiled(weight, scale), compiles=True),
     ]
-    return [
-        Problem(
-            f"{weight.numel() / 1e6:.1f} M float32", weight.numel(), makers, floor_bytes=5 * weight.numel()
-        )
-    ]
+    size = f"{weight.numel() / 1e6:.1f} M float32"
+    return Problem(size, weight.numel(), makers, floor_bytes=5 * weight.numel())
 
 
 def compiled(weight, scale):

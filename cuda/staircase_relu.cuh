@@ -97,7 +97,7 @@ cudaError_t launch_staircase_relu_rebuild(const uint8_t* codes, scalar_t* y, con
 // What backward keeps of the forward pass, element by element or in groups of eight: regions or states, ...
 template <int bits, typename opmath_t>
 struct FromCodes {
-  static constexpr int kBlocksOfHalf = 5;
+  static constexpr int kBlocksOfHalf = 5;  // on an SM: see kBackwardBlocksAtOnce
   static constexpr int kBlocksOfFloat = bits == 2 ? 5 : 4;
   const uint8_t* codes;
   math::RegionBackward<opmath_t> grads;
@@ -156,7 +156,7 @@ inline int64_t alpha_slices(const math::ChannelView& view, int64_t n) {
   return (n / view.channels + slice - 1) / slice;
 }
 
-// Blocks on an SM for which the registers suffice.
+// Blocks of the two kernels below on an SM for which the registers suffice.
 template <typename Kept, typename scalar_t>
 constexpr int kBackwardBlocksAtOnce = sizeof(scalar_t) == 8   ? 2
                                       : sizeof(scalar_t) == 4 ? Kept::kBlocksOfFloat

@@ -1,7 +1,7 @@
 # Everything happens in .venv and build/ of this checkout; each target can be run again and does what is left to do.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo distill-demo test bench format build clean
+.PHONY: help demo distill-demo test bench kernels-report format build clean
 
 PYTHON_IN_VENV := .venv/bin/python
 DEMO := examples/train_classifier.py --dataset digits --weight-bits 1 --act-bits 2 --out runs/demo --overwrite
@@ -9,7 +9,7 @@ DISTILL_DEMO := examples/distill_classifier.py --dataset digits --labelled 100 -
   --threads 1 --out runs/distill-demo --overwrite
 
 help:  ## say what there is to make
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
 
 demo: build  ## set up, build, train a network with 1-bit weights and 2-bit activations
 	$(PYTHON_IN_VENV) $(DEMO)
@@ -23,6 +23,9 @@ test:  ## set up, build, run all tests: Python, C++, emulated kernels
 
 bench: build  ## set up, build, run the benchmarks (ARGS="case --quick" and so on)
 	$(PYTHON_IN_VENV) benchmarks/run.py $(ARGS)
+
+kernels-report:  ## what the compiler says of the CUDA kernels, into docs/cuda_kernels.md (needs nvcc; 8 minutes of a core)
+	@scripts/build.sh --kernels
 
 format: build  ## format and lint Python, C++ and CUDA
 	@scripts/format.sh

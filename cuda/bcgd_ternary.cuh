@@ -24,8 +24,13 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) large.states[blockIdx.x].start();
 }
 
+// Blocks on an SM for which the registers suffice. Histograms of double, of 40 KB, let in hardly more.
+template <typename T>
+constexpr int kCountBlocksAtOnce = sizeof(T) == 8 ? 4 : 6;
+constexpr int kScaleBlocksAtOnce = 3;
+
 template <typename Batch>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kCountBlocksAtOnce<typename Batch::Opmath>)
     bcgd_ternary_count_kernel(const __grid_constant__ Batch batch, LargeTernary<typename Batch::Opmath> large,
                               int level) {
   using T = typename Batch::Opmath;
@@ -62,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // One block per scale. The scale that is there is the mean of |y|: where that is NaN it stays.
 template <typename Batch>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kScaleBlocksAtOnce)
     bcgd_ternary_scale_kernel(const __grid_constant__ Batch batch,
                               LargeTernary<typename Batch::Opmath> large) {
   using T = typename Batch::Opmath;

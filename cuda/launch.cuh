@@ -11,11 +11,14 @@
 
 #include "torchqat/math/macros.h"
 
-// Loops over a Pack: unrolled, its elements stay in registers.
+// Loops over a Pack: unrolled, its elements stay in registers. And loops beside them, which would take more
+// registers than the packs if they were unrolled as far as nvcc likes.
 #ifdef __CUDACC__
 #define TORCHQAT_UNROLL _Pragma("unroll")
+#define TORCHQAT_UNROLL_TWICE _Pragma("unroll 2")
 #else
 #define TORCHQAT_UNROLL
+#define TORCHQAT_UNROLL_TWICE
 #endif
 
 // What all kernels share: the one way to start one, grids that depend on shapes alone, 16-byte memory
@@ -23,6 +26,9 @@
 // device to device.
 namespace torchqat::cuda {
 
+// Of every block. With __launch_bounds__(kThreads) alone ptxas takes registers away where that lets one more
+// block on an SM, and spills; a kernel that would names, beside it, the blocks that its registers suffice
+// for.
 constexpr int kThreads = 256;
 
 // Several waves on any device there is, and few enough for one block to add a partial sum of each.

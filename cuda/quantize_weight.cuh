@@ -106,7 +106,7 @@ struct SetScale {
 
 // out[p] = write(channel of p, p) for all weights.
 template <typename out_t, typename Write>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 5)
     write_weights_kernel(out_t* __restrict__ out, math::ChannelView view, int64_t n, Write write) {
   for (int64_t p = grid_thread(); p < n; p += grid_threads()) out[p] = write(view.channel_at(p), p);
 }

@@ -97,6 +97,8 @@ cudaError_t launch_staircase_relu_rebuild(const uint8_t* codes, scalar_t* y, con
 // What backward keeps of the forward pass, element by element or in groups of eight: regions or states, ...
 template <int bits, typename opmath_t>
 struct FromCodes {
+  static constexpr int kBlocksOfHalf = 5;  // on an SM: see kBackwardBlocksAtOnce
+  static constexpr int kBlocksOfFloat = bits == 2 ? 5 : 4;
   const uint8_t* codes;
   math::RegionBackward<opmath_t> grads;
   bool exact;  // of states: the derivative in alpha is the level inside
@@ -123,6 +125,8 @@ struct FromCodes {
 // ... or x itself.
 template <typename Ste, typename scalar_t, typename opmath_t>
 struct FromX {
+  static constexpr int kBlocksOfHalf = 4;
+  static constexpr int kBlocksOfFloat = 4;
   const scalar_t* x;
   math::ValueBackward<Ste, opmath_t> grads;
 
@@ -152,10 +156,18 @@ inline int64_t alpha_slices(const math::ChannelView& view, int64_t n) {
   return (n / view.channels + slice - 1) / slice;
 }
 
+// Blocks of the two kernels below on an SM for which the registers suffice.
+template <typename Kept, typename scalar_t>
+constexpr int kBackwardBlocksAtOnce = sizeof(scalar_t) == 8   ? 2
+                                      : sizeof(scalar_t) == 4 ? Kept::kBlocksOfFloat
+                                                              : Kept::kBlocksOfHalf;
+template <typename opmath_t>
+constexpr int kColumnsBlocksAtOnce = sizeof(opmath_t) == 8 ? 4 : 5;
+
 // Blocks of a channel each, in slices of its elements: grad_x, and one partial sum of alpha's gradient per
 // block. With `grouped`, eight elements that begin at a multiple of eight always belong to one channel.
 template <typename Kept, typename scalar_t, typename opmath_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBackwardBlocksAtOnce<Kept, scalar_t>)
     staircase_relu_backward_kernel(const scalar_t* __restrict__ grad, Kept kept,
                                    scalar_t* __restrict__ grad_x, double* __restrict__ partial,
                                    StepSizes<opmath_t> steps, int64_t n, int64_t slices, bool grouped,
@@ -181,6 +193,7 @@ __global__ void __launch_bounds__(kThreads)
       store_group(grad_x, begin, n, packed, out);
       continue;
     }
+    TORCHQAT_UNROLL_TWICE
     for (int64_t e = j; e < last && e < j + kGroup; ++e) {
       const int64_t p = steps.view.position(channel, e);
       const auto d = kept(static_cast<opmath_t>(grad[p]), kept.element(p), stair);
@@ -195,7 +208,7 @@ __global__ void __launch_bounds__(kThreads)
 // The same where channels alternate element by element: a block takes 32 neighboring channels of a slice of
 // rows.
 template <typename Kept, typename scalar_t, typename opmath_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kColumnsBlocksAtOnce<opmath_t>)
     staircase_relu_backward_columns_kernel(const scalar_t* __restrict__ grad, Kept kept,
                                            scalar_t* __restrict__ grad_x, double* __restrict__ partial,
                                            StepSizes<opmath_t> steps, int64_t n, int64_t slices) {

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets up the virtual environment .venv of this checkout and builds torchqat into it. Run again, it does what is left
-# to do. With --tests it builds the C++ tests too. What can be set: PYTHON, CXX, TORCHQAT_CUDA (auto, on, off),
-# TORCHQAT_CUDA_ARCHITECTURES, TORCHQAT_JOBS.
+# to do. With --tests it builds the C++ tests too; with --kernels only the CUDA kernels, in build-kernels, for every
+# architecture of kernel_architectures, and writes docs/cuda_kernels.md. What can be set: PYTHON, CXX, CUDACXX,
+# TORCHQAT_CUDA (auto, on, off), TORCHQAT_CUDA_ARCHITECTURES, TORCHQAT_JOBS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/steps.sh
@@ -66,6 +67,42 @@ build() {
   quietly cmake --install build --prefix python/torchqat --component python
 }
 
+kernel_architectures=(80 90 100)
+
+# Prints those of them that the nvcc knows, as CMake wants them.
+known_architectures() {
+  local codes known=()
+  codes=$("$1" --list-gpu-code) || fail "$1 does not say which architectures it knows."
+  for arch in "${kernel_architectures[@]}"; do
+    if grep -qx "sm_$arch" <<<"$codes"; then known+=("$arch-real"); else
+      echo "torchqat: $1 does not know sm_$arch; the report will do without it" >&2
+    fi
+  done
+  (IFS=';' && echo "${known[*]}")
+}
+
+# The objects of cuda/ and nothing else of the library, and the page about them.
+report_kernels() {
+  local nvcc release archs objects
+  nvcc=${CUDACXX:-$(PATH="$PATH:/usr/local/cuda/bin" command -v nvcc ||
+    compgen -G "$PWD/.venv/lib/python3.*/site-packages/nvidia/cu*/bin/nvcc" | head -n 1)}
+  [ -x "$nvcc" ] || fail "the report of kernels needs nvcc. Install the CUDA toolkit, or its compiler from PyPI" \
+    "(.venv/bin/python -m pip install 'cuda-toolkit[nvcc,cccl]' of torch's CUDA version), or name one: CUDACXX=<nvcc>."
+  .venv/bin/python scripts/kernel_resources.py needs
+  release=$("$nvcc" --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
+  archs=$(known_architectures "$nvcc")
+  mapfile -t objects < <(printf 'CMakeFiles/torchqat.dir/%s.o\n' cuda/*.cu)
+  step "configure" cmake -S . -B build-kernels -G Ninja -DPython_EXECUTABLE="$PWD/.venv/bin/python" \
+    -DTORCHQAT_CUDA=on -DCMAKE_CUDA_COMPILER="$nvcc" -DTORCHQAT_CUDA_ARCHITECTURES="$archs"
+  step "compile the kernels" cmake --build build-kernels --parallel "${TORCHQAT_JOBS:-$(nproc)}" \
+    --target "${objects[@]}"
+  .venv/bin/python scripts/kernel_resources.py page build-kernels "$release" "${kernel_architectures[@]/#/sm_}" \
+    >build-kernels/cuda_kernels.md
+  mv build-kernels/cuda_kernels.md docs/cuda_kernels.md
+  echo "wrote docs/cuda_kernels.md"
+  step "spills and widths of memory accesses" .venv/bin/python scripts/kernel_resources.py check build-kernels
+}
+
 install_editable() {
   if ! current editable constraints.txt pyproject.toml setup.py; then
     step "editable install of the Python package" \
@@ -83,6 +120,10 @@ fi
 install_packages
 export PATH="$PWD/.venv/bin:$PATH"
 case "${1:-}" in
+  --kernels)
+    report_kernels
+    exit
+    ;;
   --tests) build -DTORCHQAT_TESTS=ON ;;
   *) build -DTORCHQAT_TESTS=OFF ;;
 esac

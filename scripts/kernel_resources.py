@@ -1,52 +1,43 @@
-"""Registers, shared memory and spills of every CUDA kernel, as ptxas told them when it was compiled.
+"""What the compiler made of every CUDA kernel: registers, spills, shared memory, occupancy, memory accesses.
 
-    python scripts/kernel_resources.py record COMPILER ARGUMENT...   compiles, keeps what ptxas says
-    python scripts/kernel_resources.py report FOLDER                 prints what is kept in FOLDER
-    python scripts/kernel_resources.py accesses FOLDER [ARCH]        Markdown, with the widths of all global
-                                                                     loads and stores (needs cuobjdump)
+    kernel_resources.py record COMPILER ARGUMENT...   compiles, keeps what ptxas says
+    kernel_resources.py report FOLDER                 prints what is kept in FOLDER
+    kernel_resources.py check FOLDER                  fails where a kernel spills, and where one of
+                                                      cuda/memory_bound_kernels.txt is missing or has narrower
+                                                      accesses
+    kernel_resources.py page FOLDER NVCC ARCH...      all of it in Markdown
+    kernel_resources.py needs                         fails where there is no cuobjdump
 
 CMake uses the first as the compiler launcher of nvcc (with --resource-usage) and the second after linking;
-docs/cuda_kernels.md is what the third prints.
+`make kernels-report` writes docs/cuda_kernels.md with the fourth, for the NVCC of that release. Accesses are
+those of the SASS, which cuobjdump shows.
 """
 
-import re
-import shutil
 import subprocess
 import sys
-from collections import Counter
-from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import groupby
 from pathlib import Path
 
-SUFFIX = ".resources.txt"
-ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
-SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
-CODE_FOR = re.compile(r"code for (sm_\w+)")
-FUNCTION = re.compile(r"Function : (\w+)")
-ACCESS = re.compile(r"\b(LDG|STG)\.E([.\w]*) ")
-ACCESS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
-OURS = re.compile(r"^_ZN8torchqat")
+from kernel_facts import SPILLS, SUFFIX, Kernel, cuobjdump, occupancy, read_folder
 
-ACCESSES_HEAD = """# What the compiler says of the CUDA kernels
+LISTED = Path(__file__).resolve().parent.parent / "cuda/memory_bound_kernels.txt"
 
-{arch}. Registers and spilled bytes are for each thread. Loads and stores are the instructions that access
-global memory, as count x bytes; kernels with 16-byte accesses also have single ones, for what is unaligned or
-left over. Made by `python scripts/kernel_resources.py accesses`: it tells how the kernels were compiled, not
+PAGE_HEAD = """# What the compiler says of the CUDA kernels
+
+Written by `make kernels-report`, with the nvcc of CUDA {nvcc}. It tells how the kernels were compiled, not
 how fast they run.
 
-| kernel | registers | spilled B | loads | stores |
-|---|---|---|---|---|"""
+For each architecture: registers of a thread · spilled bytes of a thread · shared memory of a block in bytes ·
+theoretical occupancy. That is the warps of as many blocks as fit on an SM at once, over the warps that it can
+hold; a block has 256 threads and no dynamic shared memory."""
 
+ACCESSES_HEAD = """
+## Accesses to global memory
 
-@dataclass
-class Kernel:
-    name: str
-    arch: str
-    registers: int = 0
-    shared: int = 0
-    stack: int = 0
-    spilled: int = 0
-    accesses: Counter = field(default_factory=Counter)  # of (LDG or STG, bytes)
+Instructions that load and store, as count x bytes. Kernels with 16-byte accesses also have single ones, for
+what is unaligned or left over. `cuda/memory_bound_kernels.txt` tells which kernels must have wide ones,
+because memory sets their pace."""
 
 
 def record(command: list[str]) -> int:
@@ -61,102 +52,100 @@ def record(command: list[str]) -> int:
     return result.returncode
 
 
-def parse(text: str) -> list[Kernel]:
-    kernels = []
-    for line in text.splitlines():
-        if match := ENTRY.search(line):
-            kernels.append(Kernel(name=match[1], arch=match[2]))
-        elif kernels and (match := SPILLS.search(line)):
-            kernels[-1].stack = int(match[1])
-            kernels[-1].spilled = int(match[2]) + int(match[3])
-        elif kernels and (match := USED.search(line)):
-            kernels[-1].registers = int(match[1])
-            kernels[-1].shared = int(match[2] or 0)
-    return kernels
-
-
-def short_name(demangled: str) -> str:
-    """Template name and arguments, without result type, parameters and our own namespaces."""
-    depth = 0
-    for i, c in enumerate(demangled):
-        depth += (c == "<") - (c == ">")
-        if c == "(" and depth == 0 and not demangled.startswith("(anonymous namespace)", i):
-            demangled = demangled[:i]
-            break
-    demangled = re.sub(r"\(anonymous namespace\)::|(?:torchqat|cuda|math|c10)::", "", demangled)
-    return demangled.removeprefix("void ")
-
-
-def demangle(names: list[str]) -> list[str]:
-    if not names or not shutil.which("c++filt"):
-        return names
-    filtered = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    return [short_name(line) for line in filtered.stdout.splitlines()]
-
-
-def name_all(kernels: list[Kernel]):
-    for kernel, name in zip(kernels, demangle([k.name for k in kernels]), strict=True):
-        kernel.name = name
-    kernels.sort(key=lambda k: (k.name, k.arch))
+def percent(kernel: Kernel) -> str:
+    share = occupancy(kernel)
+    return "?" if share is None else f"{share:.0%}"
 
 
 def report(folder: Path) -> int:
-    kernels = [k for file in sorted(folder.rglob("*" + SUFFIX)) for k in parse(file.read_text())]
-    name_all(kernels)
-    print("arch    registers  shared B  stack B  spilled B  kernel   (shared: static; stack: per thread)")
+    kernels = read_folder(folder)
+    print("arch    registers  shared B  stack B  spilled B  occupancy  kernel   (stack, spilled: per thread)")
     for k in kernels:
-        print(f"{k.arch:<7} {k.registers:>9} {k.shared:>9} {k.stack:>8} {k.spilled:>10}  {k.name}")
+        numbers = f"{k.registers:>9} {k.shared:>9} {k.stack:>8} {k.spilled:>10} {percent(k):>10}"
+        print(f"{k.arch:<7} {numbers}  {k.name}")
     spilling = sum(k.spilled > 0 for k in kernels)
     most = max((k.registers for k in kernels), default=0)
     print(f"{len(kernels)} kernels, at most {most} registers, {spilling} of them spill")
     return 0 if kernels else 1  # a build of kernels that ptxas said nothing about is one that was not read
 
 
-def cuobjdump() -> str:
-    """The toolkit's, or the one that Triton carries."""
-    if found := shutil.which("cuobjdump"):
-        return found
-    try:
-        from triton import backends
-    except ImportError:
-        sys.exit("kernel_resources.py: needs cuobjdump, of the CUDA toolkit or of the triton package")
-    return str(Path(next(iter(backends.__path__)), "nvidia/bin/cuobjdump"))
+def listed_kernels() -> list[tuple[str, str, str]]:
+    """Pattern, loads and stores of each line of the list."""
+    lines = [line.rsplit(maxsplit=2) for line in LISTED.read_text().splitlines()]
+    return [tuple(line) for line in lines if line and not line[0].startswith("#")]
 
 
-def read_accesses(sass: str, kernels: list[Kernel]):
-    """Counts the global loads and stores in the code of each kernel."""
-    by_name = {(k.name, k.arch): k for k in kernels}
-    arch, current = "", None
-    for line in sass.splitlines():
-        if match := FUNCTION.search(line):
-            current = by_name.get((match[1], arch))
-        elif match := CODE_FOR.search(line):
-            arch = match[1]
-        elif current and (match := ACCESS.search(line)):
-            width = next((ACCESS_BYTES[part] for part in match[2].split(".") if part in ACCESS_BYTES), 4)
-            current.accesses[match[1], width] += 1
+def narrowed(kernel: Kernel, loads: str, stores: str) -> list[str]:
+    """Where a kernel has fewer accesses of the listed width than are listed."""
+    problems = []
+    for kind, word, least in [("LDG", "loads", loads), ("STG", "stores", stores)]:
+        count, width = map(int, least.split("x")) if least != "-" else (0, 0)
+        found = kernel.count(kind, width)
+        if found < count:
+            has = accesses(kernel, kind) or "none"
+            problems.append(f"{kernel.arch} {kernel.name}: {word} must have {count} x {width}, has {has}")
+    return problems
 
 
-def accesses(folder: Path, arch: str = "sm_90") -> int:
-    kernels, program = [], cuobjdump()
-    for file in sorted(folder.rglob("*" + SUFFIX)):
-        own = [k for k in parse(file.read_text()) if k.arch == arch and OURS.search(k.name)]
-        listing = [program, "-sass", "-arch", arch, str(file).removesuffix(SUFFIX)]
-        read_accesses(subprocess.run(listing, capture_output=True, text=True, check=True).stdout, own)
-        kernels += own
+def problems_of(kernels: list[Kernel], listed: list[tuple[str, str, str]]) -> list[str]:
+    """Of the kernels of one architecture."""
+    problems = [f"{k.arch} {k.name}: spills {k.spilled} bytes" for k in kernels if k.spilled]
+    # What reads nothing was not compiled as it is written.
+    problems += [f"{k.arch} {k.name}: no load from global memory" for k in kernels if not k.count("LDG", 1)]
+    for pattern, loads, stores in listed:
+        fitting = [k for k in kernels if fnmatchcase(k.name, pattern)]
+        if not fitting:
+            problems.append(f"{kernels[0].arch} {pattern}: is in {LISTED.name}, but no kernel has this name")
+        problems += [problem for k in fitting for problem in narrowed(k, loads, stores)]
+    return problems
+
+
+def check(folder: Path) -> int:
+    everything = read_folder(folder, with_accesses=True)
+    kernels = [k for k in everything if k.ours]
     if not kernels:
-        sys.exit(f"kernel_resources.py: {folder} has no kernels for {arch}; build with CUDA first")
-    name_all(kernels)
-    print(ACCESSES_HEAD.format(arch=arch))
-    for k in kernels:
-        widths = {"LDG": [], "STG": []}
-        for (kind, size), count in sorted(k.accesses.items(), reverse=True):
-            widths[kind].append(f"{count} x {size}")
-        loads, stores = (", ".join(found) for found in widths.values())
-        print(f"| `{k.name}` | {k.registers} | {k.spilled} | {loads} | {stores} |")
-    for k in kernels:  # what reads nothing was not compiled as it is written
-        if not any(kind == "LDG" for kind, _ in k.accesses):
-            sys.exit(f"kernel_resources.py: {k.name} has no load from global memory")
+        sys.exit(f"kernel_resources.py: {folder} has no kernels; build with CUDA first")
+    for k in everything:
+        if k.spilled and not k.ours:
+            print(f"a library's kernel, left as it is: {k.arch} {k.name[:90]} spills {k.spilled} bytes")
+    archs = sorted({k.arch for k in kernels})
+    listed = listed_kernels()
+    problems = [p for arch in archs for p in problems_of([k for k in kernels if k.arch == arch], listed)]
+    print("\n".join(problems) or "no kernel spills, and the memory-bound ones are as wide as listed")
+    print(f"{len(kernels)} kernels for {', '.join(archs)}: {len(problems)} problems")
+    return 1 if problems else 0
+
+
+def accesses(kernel: Kernel, kind: str) -> str:
+    found = sorted(((size, n) for (k, size), n in kernel.accesses.items() if k == kind), reverse=True)
+    return ", ".join(f"{n} x {size}" for size, n in found)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def page(folder: Path, nvcc: str, archs: list[str]) -> int:
+    kernels = [k for k in read_folder(folder, with_accesses=True) if k.ours and k.arch in archs]
+    there = [arch for arch in archs if any(k.arch == arch for k in kernels)]
+    if not there:
+        sys.exit(
+            f"kernel_resources.py: {folder} has no kernels for {', '.join(archs)}; build with CUDA first"
+        )
+    resources, widths = [], []
+    for name, group in groupby(kernels, lambda k: k.name):
+        by_arch = {k.arch: k for k in group}
+        of = [by_arch.get(arch) for arch in there]
+        cells = [k and f"{k.registers} · {k.spilled} · {k.shared} · {percent(k)}" for k in of]
+        resources.append([f"`{name}`", *(cell or "" for cell in cells)])
+        both = [k and accesses(k, kind) for k in of for kind in ("LDG", "STG")]
+        widths.append([f"`{name}`", *(cell or "" for cell in both)])
+    print(PAGE_HEAD.format(nvcc=nvcc))
+    for arch in sorted(set(archs) - set(there)):
+        print(f"\nMissing: {arch}, which this nvcc does not know.")
+    print("\n" + table(["kernel", *there], resources))
+    print(ACCESSES_HEAD)
+    print("\n" + table(["kernel", *(f"{arch} {w}" for arch in there for w in ("loads", "stores"))], widths))
     return 0
 
 
@@ -166,8 +155,12 @@ def main() -> int:
             return record(command)
         case ["report", folder]:
             return report(Path(folder))
-        case ["accesses", folder, *arch] if len(arch) <= 1:
-            return accesses(Path(folder), *arch)
+        case ["check", folder]:
+            return check(Path(folder))
+        case ["page", folder, nvcc, *archs] if archs:
+            return page(Path(folder), nvcc, archs)
+        case ["needs"]:
+            return 0 if cuobjdump() else 1
     sys.exit(__doc__)
 
 

@@ -47,7 +47,10 @@ class CMakeBuild(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """The library has no Python in it, so one wheel serves every Python of the platform."""
+    """The library has no Python in it, so one wheel serves every Python of the platform.
+
+    torchqat._bindings, which nothing needs, is there for the one Python that the wheel was built with.
+    """
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

@@ -6,6 +6,15 @@ find_package(Git QUIET)
 if(Git_FOUND AND EXISTS "${PROJECT_SOURCE_DIR}/.git")
   execute_process(COMMAND ${GIT_EXECUTABLE} describe --always --dirty --abbrev=12 --exclude=*
     WORKING_DIRECTORY ${PROJECT_SOURCE_DIR} OUTPUT_VARIABLE TORCHQAT_COMMIT OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+  # Another commit configures anew. In a worktree these files lie elsewhere than in .git.
+  foreach(file HEAD logs/HEAD)
+    execute_process(COMMAND ${GIT_EXECUTABLE} rev-parse --git-path ${file}
+      WORKING_DIRECTORY ${PROJECT_SOURCE_DIR} OUTPUT_VARIABLE path OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+    cmake_path(ABSOLUTE_PATH path BASE_DIRECTORY ${PROJECT_SOURCE_DIR})
+    if(EXISTS "${path}" AND NOT IS_DIRECTORY "${path}")
+      set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${path}")
+    endif()
+  endforeach()
 endif()
 set(cuda_version "")
 set(architectures "")

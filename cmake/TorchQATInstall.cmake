@@ -19,20 +19,26 @@ set_target_properties(torchqat PROPERTIES INSTALL_RPATH "${rpath}")
 # A header is public, and installed, unless it is named here. Public ones include no private ones; a test compiles each
 # of them by itself from an installation.
 set(TORCHQAT_PRIVATE_HEADERS
+  checkpoint_checks.h
   cpu
   ops/affinity_products.h
   ops/autograd_node.h
+  ops/bcgd_step_device.h
   ops/dtypes.h
-  ops/feature_affinity_device.h
+  ops/feature_affinity_loss_device.h
   ops/layer_node.h
   ops/layers.h
   ops/layout.h
   ops/not_differentiable.h
+  ops/pack_codes_device.h
+  ops/quantize_weight_device.h
   ops/recipe.h
+  ops/staircase_relu_device.h
   ops/ste.h
   ops/step_size.h
   optim/checks.h
   optim/latents.h
+  safetensors_files.h
   safetensors_header.h
 )
 set(exclude "")

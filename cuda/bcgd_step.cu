@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "bcgd_step.cuh"
-#include "torchqat/ops/bcgd_step.h"
+#include "torchqat/ops/bcgd_step_device.h"
 
 namespace torchqat {
 namespace {

@@ -10,7 +10,7 @@
 
 #include "feature_affinity_loss.cuh"
 #include "torchqat/ops/affinity_products.h"
-#include "torchqat/ops/feature_affinity_device.h"
+#include "torchqat/ops/feature_affinity_loss_device.h"
 
 namespace torchqat {
 namespace {

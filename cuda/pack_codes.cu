@@ -4,7 +4,7 @@
 #include <torch/library.h>
 
 #include "pack_codes.cuh"
-#include "torchqat/ops/pack_codes.h"
+#include "torchqat/ops/pack_codes_device.h"
 
 namespace torchqat {
 namespace {

@@ -13,7 +13,7 @@
 #include "exact_scale.cuh"
 #include "quantize_weight.cuh"
 #include "torchqat/ops/layout.h"
-#include "torchqat/ops/quantize_weight.h"
+#include "torchqat/ops/quantize_weight_device.h"
 
 namespace torchqat {
 namespace {

@@ -7,7 +7,7 @@
 
 #include "staircase_relu.cuh"
 #include "torchqat/ops/layout.h"
-#include "torchqat/ops/staircase_relu.h"
+#include "torchqat/ops/staircase_relu_device.h"
 #include "torchqat/ops/ste.h"
 
 namespace torchqat {

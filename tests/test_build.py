@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchqat
+from cmake_projects import folder_of_build
 from torchqat import _library
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +41,19 @@ def test_build_info_says_what_the_library_is():
 def test_build_info_is_a_copy():
     torchqat.build_info().clear()
     assert torchqat.build_info()
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="not a git checkout")
+def test_another_commit_is_configured_anew():
+    """Else build_info() would name the commit at which the folder was first configured."""
+    folder = folder_of_build()
+    rules = folder / "build.ninja"
+    if f"={ROOT}\n" not in (folder / "CMakeCache.txt").read_text() or not rules.exists():
+        pytest.skip("the library was not built here, by ninja")
+    for name in ("HEAD", "logs/HEAD"):
+        command = ["git", "rev-parse", "--git-path", name]
+        path = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        assert f" {ROOT / path} " in rules.read_text()
 
 
 def test_another_torch_is_named_in_the_error():

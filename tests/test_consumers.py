@@ -375,6 +375,21 @@ def test_only_public_headers_are_installed(prefix):
     assert sorted(str(path.relative_to(prefix / "include/torchqat")) for path in installed) == PUBLIC
 
 
+def functions_at_namespace_level(text):
+    """The declarations of functions in a header that are not in a class."""
+    text = re.sub(r"//.*|^ *#.*|= \{\}|namespace [\w:]* ?{", "", text, flags=re.MULTILINE)
+    while text != (shorter := re.sub(r"{[^{}]*}", ";", text)):
+        text = shorter
+    statements = [" ".join(statement.split()) for statement in re.split(r"[;}]", text)]
+    return [s for s in statements if re.match(r"\w[^(=]*\w\(", s) and not s.startswith("TORCH_MODULE(")]
+
+
+@pytest.mark.parametrize("header", PUBLIC)
+def test_a_program_can_link_what_a_public_header_declares(header):
+    for function in functions_at_namespace_level((SOURCES / header).read_text()):
+        assert re.match(r"(TORCHQAT_HD )?(template|inline|constexpr|TORCHQAT_API)\b", function), function
+
+
 @pytest.fixture(scope="module")
 def compiled(prefix, request):
     """What the compiler says of each installed header that is asked for, when a file includes it alone."""

@@ -21,12 +21,15 @@ def literal(text):
     return CPP_LITERALS[text] if text in CPP_LITERALS else float(text)
 
 
-def cpp_functions():
-    """name -> [(argument, default)] of every exported free function."""
+def cpp_functions(folder="ops"):
+    """name -> [(argument, default)] of every free function that headers export, or have as a template."""
     functions = {}
-    for header in sorted((ROOT / "csrc/torchqat/ops").glob("*.h")):
-        for name, body in re.findall(r"TORCHQAT_API [^;{]*?(\w+)\(([^;{]*)\);", header.read_text()):
-            body = re.sub(r"<[^<>]*>", "", body)
+    for header in sorted((ROOT / "csrc/torchqat" / folder).glob("*.h")):
+        text = re.sub(r"(at::Tensor& \w+) = {}", r"\1 = nullptr", header.read_text())  # an undefined one
+        declaration = r"(?:TORCHQAT_API|\ntemplate <.*>\n) ?[^;{()]*?(\w+)\(((?:[^;{]|{})*)\);"
+        for name, body in re.findall(declaration, text):
+            while body != (shorter := re.sub(r"<[^<>]*>", "", body)):
+                body = shorter
             parts = [part.partition("=") for part in re.split(r",\s*", body) if part.strip()]
             functions[name] = [
                 (left.split()[-1].lstrip("&*"), literal(right.strip()) if right else inspect.Parameter.empty)
@@ -45,6 +48,39 @@ def test_cpp_mirrors_python(name):
     assert cpp_functions()[name] == python_arguments(name)
 
 
+#: The functions in C++ that are no operators: their folder, and what Python calls them.
+OTHERS = {
+    "param_groups": ("optim", torchqat.optim.param_groups),
+    "faqd_loss": ("distill", torchqat.distill.FAQDLoss.forward),
+    "resize_like": ("distill", torchqat.distill.resize_like),
+    "save_checkpoint": (".", torchqat.save_checkpoint),
+    "load_checkpoint": (".", torchqat.load_checkpoint),
+    "calibrate": (".", torchqat.calibrate),
+}
+#: `names` are those of the features in messages.
+ONLY_IN_PYTHON = ["self", "names"]
+#: What only C++ has: files without a model, checkpoints without a file, facts without arguments.
+ONLY_IN_CPP = {"save_safetensors", "load_safetensors", "checkpoint_of", "restore_checkpoint", "build_info",
+               "operators_are_registered"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_functions_mirror_python(name):
+    folder, ours = OTHERS[name]
+    arguments = cpp_functions(folder)[name]
+    parameters = inspect.signature(ours).parameters.values()
+    wanted = [(p.name, p.default) for p in parameters if p.name not in ONLY_IN_PYTHON]
+    if arguments[-1] == ("options", ()):  # a struct, which is compared by itself
+        arguments.pop()
+        wanted = [(name, default) for name, default in wanted if name not in dict(cpp_options_of(ours))]
+    assert arguments == wanted
+
+
+def test_no_function_is_left_out():
+    folders = (".", "nn", "optim", "distill")
+    assert {name for folder in folders for name in cpp_functions(folder)} == {*OTHERS, *ONLY_IN_CPP}
+
+
 def cpp_options():
     """name -> [(option, default)] of every struct of options; what has no default is for the constructor."""
     headers = "\n".join(path.read_text() for path in sorted((ROOT / "csrc/torchqat").glob("*/*.h")))
@@ -56,6 +92,26 @@ def cpp_options():
             (o, literal(default) if default else inspect.Parameter.empty) for o, default in options
         ]
     return structs
+
+
+def cpp_options_of(owner):
+    """The options that a function takes as a struct."""
+    return next((cpp_options()[name] for name, other in OWNERS.items() if other is owner), [])
+
+
+def test_a_group_of_parameters_has_pythons_keys_and_defaults():
+    text = (ROOT / "csrc/torchqat/optim/bcgd.h").read_text()
+    (body,) = re.findall(r"struct ParamGroup {(.*?)\n};", text, re.DOTALL)
+    fields = dict(re.findall(r"(\w+) = ([^;]*);", body))
+    optimizer = torchqat.optim.BCGD(
+        [{"params": [torch.nn.Parameter(torch.ones(1))], "quant_bits": 1}], lr=0.5
+    )
+    keys = {"name", "params", *optimizer.defaults} - {"differentiable"}  # which is torch's own
+    assert fields.keys() == keys
+    # What a group does not say of the rest is the optimizer's.
+    options = inspect.signature(torchqat.optim.BCGD).parameters.keys()
+    for key in keys - {"name", "params"}:
+        assert literal(fields[key]) == (None if key in options else optimizer.defaults[key]), key
 
 
 def cpp_modules():

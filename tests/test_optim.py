@@ -444,6 +444,38 @@ def test_a_bad_group_is_refused_and_leaves_the_optimizer_as_it_was(group, error,
         BCGD([{"params": fresh, **group}], lr=0.1)
 
 
+#: What is refused before anything is written, and by the writing itself.
+REFUSED = [
+    {"params": [torch.zeros(3)], "quant_bits": 9},
+    {"params": [torch.zeros(3)], "quant_bits": 4, "method": "twn"},
+    {"params": [torch.zeros(3)], "quant_bits": 1, "channel_dim": 5},
+    {"params": [torch.zeros(3, dtype=torch.int64)], "quant_bits": 1},
+    {"params": [torch.zeros(1).expand(3)], "quant_bits": 1},
+]
+
+
+@pytest.mark.parametrize("refused", REFUSED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_refused_group_leaves_the_weights_of_those_before_it(refused, dtype):
+    params = random_params(dtype)
+    values = copy.deepcopy(params)
+    with pytest.raises((ValueError, TypeError, IndexError, RuntimeError)):
+        BCGD([{"params": params, "quant_bits": 2}, refused], lr=0.1, momentum=0.9)
+    assert_same(params, values)
+
+
+def test_a_group_that_cannot_be_written_leaves_its_weights_and_can_be_added_again():
+    kept, fresh = random_params(), random_params(shapes=((4, 3), (2, 2)))
+    optimizer = BCGD([{"params": kept, "quant_bits": 1}], lr=0.1)
+    before, values = copy.deepcopy((optimizer.state_dict(), fresh))
+    with pytest.raises(RuntimeError, match="single memory location"):
+        optimizer.add_param_group({"params": [*fresh, torch.zeros(1).expand(3)], "quant_bits": 1})
+    assert_same(optimizer.state_dict(), before)
+    assert_same(fresh, values)
+    optimizer.add_param_group({"params": fresh, "quant_bits": 1})
+    assert_same(optimizer.latent(fresh[0]), values[0].detach())
+
+
 def schedulers(optimizer):
     scheduled = torch.optim.lr_scheduler
     return [

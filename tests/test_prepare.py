@@ -463,3 +463,19 @@ def test_bad_input_is_an_error_and_changes_nothing(model, batches, error, match)
         torchqat.calibrate(model, batches)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training and not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "x, counts, message",
+    [
+        (torch.ones(3), 3, r"x must have 3 channels in dimension 1, got shape \[3\]"),
+        (torch.ones(()), 3, r"got shape \[\]"),
+        (torch.ones(3, 2), 3, r"got shape \[3, 2\]"),
+        (torch.ones(3), None, r"counts must have shape \[channels, bins\], got \[4\]"),
+    ],
+)
+def test_magnitudes_are_counted_by_channels_that_are_there(x, counts, message):
+    counts = torch.ops.qat._empty_magnitude_counts(counts) if counts else torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"count_magnitudes: .*{message}"):
+        torch.ops.qat._count_magnitudes(x, counts)
+    assert not counts.any()

@@ -7,6 +7,9 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "torchqat/nn/staircase_relu.h"
 #include "torchqat/ops/step_size.h"

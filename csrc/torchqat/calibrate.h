@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/nn/module.h>
 
+#include <concepts>
 #include <functional>
 #include <memory>
 
@@ -13,11 +14,11 @@ namespace torchqat {
 // Sets the step size of every StaircaseReLU of a model to the one of least mean squared error for its inputs,
 // over all batches, in one pass in which they act as plain ReLUs: see torchqat.calibrate in Python, whose
 // step sizes these are, bit by bit. Training modes and random generators are afterwards what they were.
-// `model` is a module, its holder or a pointer to it, whose forward takes a tensor; a batch is that tensor,
-// or has it as `data` (the batches of LibTorch's data loaders). They are moved to the device of the model's
-// first parameter.
+// `model` is a module whose forward takes a tensor, its holder or a pointer to either; a batch is that
+// tensor, or has it as `data` (the batches of LibTorch's data loaders). They are moved to the device of the
+// model's first parameter.
 template <typename Model, typename Batches>
-void calibrate(Model& model, Batches&& batches);
+void calibrate(Model&& model, Batches&& batches);
 
 // What it is made of, for models that are called in other ways: make one, call run() with each batch, and at
 // last set_alphas(). While it lives the model, which must outlive it, is in eval mode and its staircases are
@@ -37,15 +38,23 @@ class TORCHQAT_API Calibration {
   std::unique_ptr<State> state_;
 };
 
+namespace detail {
+
+template <typename Model>
+auto& module_of(Model& model) {
+  if constexpr (std::derived_from<Model, torch::nn::Module>)
+    return model;
+  else if constexpr (requires { model.ptr(); })  // of a holder, also where that is const
+    return *model.ptr();
+  else
+    return module_of(*model);
+}
+
+}  // namespace detail
+
 template <typename Model, typename Batches>
-void calibrate(Model& model, Batches&& batches) {
-  auto& module = [&]() -> auto& {
-    if constexpr (requires { *model; })
-      return *model;
-    else
-      return model;
-  }
-  ();
+void calibrate(Model&& model, Batches&& batches) {
+  auto& module = detail::module_of(model);
   Calibration calibration(module);
   for (const auto& batch : batches) {
     calibration.run([&] {

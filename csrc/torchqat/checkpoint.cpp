@@ -3,16 +3,17 @@
 #include <ATen/ATen.h>
 #include <torch/utils.h>
 
-#include <algorithm>
+#include <map>
 #include <set>
-#include <sstream>
 #include <utility>
 #include <vector>
 
 #include "torchqat/build_info.h"
+#include "torchqat/checkpoint_checks.h"
 #include "torchqat/nn/feature_affinity_loss.h"
 #include "torchqat/nn/staircase_relu.h"
 #include "torchqat/optim/latents.h"
+#include "torchqat/safetensors_header.h"
 
 namespace torchqat {
 namespace {
@@ -20,17 +21,12 @@ namespace {
 using optim::BCGD;
 using optim::BCGDOptions;
 using optim::BCGDParamState;
-using Tensors = std::map<std::string, at::Tensor>;
-using Texts = std::map<std::string, std::string>;
 
 // As python/torchqat/checkpoint.py has them.
 const std::string kFormat = "torchqat checkpoint 1";
 const std::string kOptimizer = "optimizer.";
 const std::string kStaircase = "staircase_relu.";
 const std::string kQuantized = "quantized.";
-const std::string kExtraState = "_extra_state";
-
-bool begins(const std::string& text, const std::string& prefix) { return text.rfind(prefix, 0) == 0; }
 
 std::string joined(const std::string& module, const std::string& name) {
   return module.empty() ? name : module + "." + name;
@@ -105,56 +101,6 @@ Texts projections_of(const std::vector<NamedParam>& params) {
   return settings;
 }
 
-void check_settings(const std::string& what, const Texts& ours, const Texts& metadata,
-                    const std::string& prefix, const char* kind, const char* whose) {
-  std::set<std::string> keys;
-  for (const auto* texts : {&ours, &metadata}) {
-    for (const auto& [key, text] : *texts) {
-      if (begins(key, prefix)) keys.insert(key);
-    }
-  }
-  for (const auto& key : keys) {
-    const auto of = [&](const Texts& texts) {
-      const auto found = texts.find(key);
-      return found == texts.end() ? "none" : found->second;
-    };
-    TORCH_CHECK_VALUE(of(metadata) == of(ours), what, ": ", kind, " '", key.substr(prefix.size()),
-                      "' must be the same in the file and in ", whose, ": the file has ", of(metadata), "; ",
-                      whose, " has ", of(ours));
-  }
-}
-
-void check_names(const std::string& what, const Tensors& saved, const Tensors& own) {
-  const auto refuse_missing = [&](const char* kind, const Tensors& from, const Tensors& in) {
-    std::ostringstream names;
-    size_t count = 0;
-    for (const auto& [name, value] : from) {
-      if (!in.count(name) && ++count <= 5) names << (count > 1 ? ", '" : "'") << name << "'";
-    }
-    if (count > 5) names << " and " << count - 5 << " more";
-    TORCH_CHECK_VALUE(count == 0, what, ": must have the names of the model, ", kind, " ", names.str());
-  };
-  refuse_missing("lacks", own, saved);
-  refuse_missing("also has", saved, own);
-}
-
-bool is_extra_state(const std::string& name) {
-  return name == kExtraState || name.ends_with("." + kExtraState);
-}
-
-void check_model_state(const std::string& what, const Tensors& saved, const Tensors& own) {
-  check_names(what, saved, own);
-  for (const auto& [name, value] : saved) {
-    const auto& ours = own.at(name);
-    if (is_extra_state(name)) continue;  // its module's own affair
-    TORCH_CHECK_VALUE(value.sizes() == ours.sizes(), what, ": '", name, "' must have shape ", ours.sizes(),
-                      ", got ", value.sizes());
-    TORCH_CHECK_VALUE(
-        value.scalar_type() == ours.scalar_type() || (value.is_floating_point() && ours.is_floating_point()),
-        what, ": '", name, "' must be ", ours.scalar_type(), ", got ", value.scalar_type());
-  }
-}
-
 // The states in the optimizer's order.
 std::vector<BCGDParamState> optimizer_states(const std::string& what, const Tensors& tensors,
                                              const Texts& metadata, const std::vector<NamedParam>& params) {
@@ -174,7 +120,7 @@ std::vector<BCGDParamState> optimizer_states(const std::string& what, const Tens
     TORCH_CHECK_VALUE(place && value.is_floating_point(), what,
                       ": the optimizer's state must be floating-point latent, scale, momentum_buffer, step, "
                       "got '",
-                      name, "' of ", value.scalar_type());
+                      printable(name), "' of ", value.scalar_type());
     *place = value;
   }
   std::vector<BCGDParamState> states;
@@ -182,7 +128,7 @@ std::vector<BCGDParamState> optimizer_states(const std::string& what, const Tens
     states.push_back(by_name[param.name]);
     by_name.erase(param.name);
   }
-  TORCH_CHECK_VALUE(by_name.empty(), what, ": has a state for '", by_name.begin()->first,
+  TORCH_CHECK_VALUE(by_name.empty(), what, ": has a state for '", printable(by_name.begin()->first),
                     "', which is not in the optimizer");
   return states;
 }
@@ -203,9 +149,8 @@ void set_state(const std::string& what, const torch::nn::Module& model, const Te
   }
 }
 
-}  // namespace
-
-TensorFile checkpoint_of(const torch::nn::Module& model, const BCGD* optimizer) {
+// What checkpoint_of() returns, with the tensors of model and optimizer themselves.
+TensorFile live_checkpoint(const torch::nn::Module& model, const BCGD* optimizer) {
   TensorFile file{state_of(model), staircases_of(model)};
   for (const auto& [name, tensor] : file.tensors)
     TORCH_CHECK_VALUE(!begins(name, kOptimizer),
@@ -228,6 +173,14 @@ TensorFile checkpoint_of(const torch::nn::Module& model, const BCGD* optimizer) 
   return file;
 }
 
+}  // namespace
+
+TensorFile checkpoint_of(const torch::nn::Module& model, const BCGD* optimizer) {
+  auto file = live_checkpoint(model, optimizer);
+  for (auto& [name, tensor] : file.tensors) tensor = tensor.clone();
+  return file;
+}
+
 void restore_checkpoint(const TensorFile& file, torch::nn::Module& model, BCGD* optimizer,
                         const std::string& what) {
   if (optimizer) optimizer->refuse_swapped(what.substr(0, what.find(':')));
@@ -236,7 +189,7 @@ void restore_checkpoint(const TensorFile& file, torch::nn::Module& model, BCGD* 
   const auto format = file.metadata.find("format");
   if (format != file.metadata.end() && begins(format->second, "torchqat checkpoint")) {
     TORCH_CHECK_VALUE(format->second == kFormat, what, ": the format must be '", kFormat, "', got '",
-                      format->second, "'");
+                      printable(format->second), "'");
     check_settings(what, staircases_of(model), file.metadata, kStaircase, "StaircaseReLU", "the model");
     for (auto it = tensors.begin(); it != tensors.end();) {
       auto next = std::next(it);
@@ -267,7 +220,7 @@ void restore_checkpoint(const TensorFile& file, torch::nn::Module& model, BCGD* 
 }
 
 void save_checkpoint(const std::string& path, const torch::nn::Module& model, const BCGD* optimizer) {
-  save_safetensors(path, checkpoint_of(model, optimizer));
+  save_safetensors(path, live_checkpoint(model, optimizer));
 }
 
 void load_checkpoint(const std::string& path, torch::nn::Module& model, BCGD* optimizer) {

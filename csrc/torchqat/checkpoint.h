@@ -26,8 +26,8 @@ TORCHQAT_API void save_checkpoint(const std::string& path, const torch::nn::Modu
 TORCHQAT_API void load_checkpoint(const std::string& path, torch::nn::Module& model,
                                   optim::BCGD* optimizer = nullptr);
 
-// The same without a file: what save_checkpoint writes, to which a program can add metadata of its own, and
-// the loading of it. `what` begins the messages of errors.
+// The same without a file: what save_checkpoint writes, in copies, to which a program can add metadata of its
+// own, and the loading of it. `what` begins the messages of errors.
 TORCHQAT_API TensorFile checkpoint_of(const torch::nn::Module& model, const optim::BCGD* optimizer = nullptr);
 TORCHQAT_API void restore_checkpoint(const TensorFile& file, torch::nn::Module& model,
                                      optim::BCGD* optimizer = nullptr,

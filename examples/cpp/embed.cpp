@@ -5,6 +5,7 @@
 // train_mnist here.
 #include <torch/utils.h>
 
+#include <exception>
 #include <iostream>
 
 #include "lenet5.h"
@@ -30,5 +31,8 @@ int main(int argc, char** argv) try {
   std::cout << "class " << x.argmax().item<int>() << std::endl;
 } catch (const c10::Error& error) {
   std::cerr << "embed: " << error.what_without_backtrace() << std::endl;
+  return 1;
+} catch (const std::exception& error) {
+  std::cerr << "embed: " << error.what() << std::endl;
   return 1;
 }

@@ -11,7 +11,7 @@ struct Mnist {
   at::Tensor images, labels, test_images, test_labels;
   double mean, std;  // of the pixels of the training images
 
-  at::Tensor normalized(const at::Tensor& images) const;
+  at::Tensor normalized(const at::Tensor& some) const;
 
   // The training images of one epoch in random order: their indices, in batches of nearly equal size, none of
   // one image alone.

@@ -62,7 +62,6 @@ struct ModelImpl : torch::nn::Module {
   explicit ModelImpl(int calls = 1) : calls(calls) {
     register_module("act", act);
     register_module("norm", norm);
-    act->alpha.requires_grad();
   }
   Tensor forward(const Tensor& x) {
     EXPECT_FALSE(is_training() || act->is_training() || norm->is_training());
@@ -110,6 +109,59 @@ TEST(Calibrate, TakesHoldersPointersAndDataLoaders) {
   Model with_loader;
   calibrate(with_loader, *loader);
   EXPECT_TRUE(same(with_loader->act->alpha.detach(), expected));
+}
+
+TEST(Calibrate, TakesWhatIsConstOrHasNoName) {
+  const auto x = at::arange(24, at::kFloat).view({12, 2}) / 24;
+  const auto alpha = [](const Model& model) { return model->act->alpha.detach().clone(); };
+  const auto start = alpha(Model());
+  Model model;
+  const auto again = [&] {
+    const torch::NoGradGuard no_grad;
+    const auto found = alpha(model);
+    model->act->alpha.copy_(start);
+    return found;
+  };
+  calibrate(model, x.split(4));
+  const auto expected = again();
+  EXPECT_FALSE(at::equal(expected, start));
+  calibrate(&model, x.split(4));
+  EXPECT_TRUE(same(again(), expected));
+  calibrate(&*model, x.split(4));
+  EXPECT_TRUE(same(again(), expected));
+  calibrate(*model, x.split(4));
+  EXPECT_TRUE(same(again(), expected));
+  calibrate(model.ptr(), x.split(4));
+  EXPECT_TRUE(same(again(), expected));
+  const Model holder = model;
+  calibrate(holder, x.split(4));
+  EXPECT_TRUE(same(again(), expected));
+  const std::shared_ptr<ModelImpl> pointer = model.ptr();
+  calibrate(pointer, x.split(4));
+  EXPECT_TRUE(same(again(), expected));
+  calibrate(std::make_shared<ModelImpl>(), x.split(4));
+}
+
+TEST(Calibrate, RefusesWhatTheStaircaseWouldAndChangesNothing) {
+  StaircaseReLU channels(StaircaseReLUOptions(2).channels(3));
+  const auto refused = [](auto& module, const Tensor& x) {
+    const auto before = module->alpha.detach().clone();
+    const auto error = error_of<c10::Error>([&] { calibrate(module, std::vector<Tensor>{x}); });
+    EXPECT_TRUE(same(module->alpha.detach(), before));
+    EXPECT_EQ(error, error_of<c10::Error>([&] { module(x); }));
+    return error;
+  };
+  EXPECT_EQ(refused(channels, at::ones({3})),
+            "staircase_relu: channel_dim must be in -1..0 for x of shape [3], got 1");
+  EXPECT_EQ(refused(channels, at::ones({})),
+            "staircase_relu: channel_dim must be in -0..-1 for x of shape [], got 1");
+  EXPECT_EQ(
+      refused(channels, at::ones({2, 4})),
+      "staircase_relu: alpha must have one element, or one for each of the 4 channels of dimension 1 of "
+      "x, got shape [3]");
+  StaircaseReLU alone(2);
+  EXPECT_EQ(refused(alone, at::ones({3}, at::kLong)),
+            "staircase_relu: x must be float64, float32, bfloat16 or float16, got Long");
 }
 
 TEST(Calibrate, IsNotBelowTheLeastStepSize) {

@@ -242,7 +242,6 @@ TEST(CodeSaving, DoesNotKeepTheActivation) {
   auto module = StaircaseReLU(2);
   auto conv = QuantConv2d(4, 5, 3);
   const auto x = at::randn({2, 4, 6, 7});
-  std::weak_ptr<void> unused;
   c10::weak_intrusive_ptr<c10::TensorImpl> activation(module(x).getIntrusivePtr());
   Tensor out;
   {

@@ -56,11 +56,12 @@ TEST(Bcgd, StepsOfOneBitWorkedOutByHand) {
 
 // lr 1/2, blend 1/4, Nesterov momentum 1: the first direction is twice the gradient. Ternary: the k largest
 // magnitudes are kept for which (sum of them) / sqrt(k) is largest, and the scale is their mean.
-//   y              = 1, 1/4, -2, 1/2          k = 2: 3 / 1.41 (2 / 1, 3.5 / 1.73)    scale = 1.5    w = 1.5,
-//   0, -1.5, 0 3/4 y + 1/4 w  = 1.125, 0.1875, -1.875, 0.375
+//   y              = 1, 1/4, -2, 1/2
+//   k = 2, by 3 / 1.41 (2 / 1, 3.5 / 1.73): scale = 1.5, w = 1.5, 0, -1.5, 0
+//   3/4 y + 1/4 w  = 1.125, 0.1875, -1.875, 0.375
 //   - 1/2 * 2 * (0.5, -0.4375, -0.5, 0.5)
-//                  = 0.625, 0.625, -1.375, -0.125     k = 3: 2.625 / 1.73 (2 / 1.41, 2.75 / 2)    scale =
-//                  0.875
+//                  = 0.625, 0.625, -1.375, -0.125
+//   k = 3, by 2.625 / 1.73 (2 / 1.41, 2.75 / 2): scale = 0.875
 TEST(Bcgd, AStepOfTwoBitsWorkedOutByHand) {
   const auto p = parameter(at::tensor({1.0f, 0.25f, -2.0f, 0.5f}));
   BCGD optimizer({ParamGroup{.params = {p}, .quant_bits = 2}},
@@ -248,6 +249,54 @@ TEST(Bcgd, NamesWrongGroupsAndKeepsNothingOfThem) {
   EXPECT_TRUE(same(p.detach(), at::tensor({1.0f, -3.0f})));
   add({.quant_bits = 1}, p);
   EXPECT_TRUE(same(p.detach(), at::tensor({2.0f, -2.0f})));
+}
+
+// What is refused before anything is written, and by the writing itself.
+TEST(Bcgd, ARefusedGroupLeavesTheWeightsOfThoseBeforeIt) {
+  const auto overlapping = at::zeros({1}).expand({3}).requires_grad_();
+  const auto plain = parameter(at::ones({3}));
+  const std::vector<ParamGroup> refused{{.params = {plain}, .quant_bits = 9},
+                                        {.params = {plain}, .quant_bits = 4, .method = "twn"},
+                                        {.params = {plain}, .quant_bits = 1, .channel_dim = 5},
+                                        {.params = {at::ones({3}, at::kInt)}, .quant_bits = 1},
+                                        {.params = {plain}, .lr = -1},
+                                        {.params = {overlapping}, .quant_bits = 1}};
+  for (const auto dtype : {at::kFloat, at::kDouble, at::kBFloat16}) {
+    const auto p = parameter(at::tensor({1.0f, -3.0f, 0.3f}).to(dtype));
+    const auto before = p.detach().clone();
+    const ParamGroup first{.params = {p}, .quant_bits = 2};
+    for (const auto& group : refused) {
+      EXPECT_NE(error_of<c10::Error>([&] {
+                  BCGD({first, group}, BCGDOptions(0.1).momentum(0.9));
+                }),
+                "no error");
+      EXPECT_TRUE(same(p.detach(), before));
+      if (group.lr) continue;
+      std::vector<OptimizerParamGroup> groups;
+      for (const auto& each : {first, group})
+        groups.emplace_back(each.params, std::make_unique<BCGDOptions>(BCGDOptions(0.1)
+                                                                           .quant_bits(each.quant_bits)
+                                                                           .channel_dim(each.channel_dim)
+                                                                           .method(each.method)));
+      EXPECT_NE(error_of<c10::Error>([&] { BCGD(groups, BCGDOptions(0.1)); }), "no error");
+      EXPECT_TRUE(same(p.detach(), before));
+    }
+  }
+}
+
+TEST(Bcgd, AGroupThatCannotBeWrittenLeavesItsWeights) {
+  const auto p = parameter(at::tensor({1.0f, -3.0f}));
+  BCGD optimizer({ParamGroup{.params = {parameter(at::ones({2}))}, .quant_bits = 1}}, BCGDOptions(0.1));
+  const auto overlapping = at::zeros({1}).expand({3}).requires_grad_();
+  EXPECT_NE(error_of<c10::Error>([&] {
+              optimizer.add_param_group(ParamGroup{.params = {p, overlapping}, .quant_bits = 1});
+            }),
+            "no error");
+  EXPECT_TRUE(same(p.detach(), at::tensor({1.0f, -3.0f})));
+  EXPECT_EQ(optimizer.param_groups().size(), 1u);
+  EXPECT_EQ(optimizer.state().size(), 1u);
+  optimizer.add_param_group(ParamGroup{.params = {p}, .quant_bits = 1});
+  EXPECT_TRUE(same(optimizer.latent(p), at::tensor({1.0f, -3.0f})));
 }
 
 TEST(Bcgd, SparseGradientsAreRefused) {

@@ -173,7 +173,9 @@ TEST(BcgdState, StatesAreCheckedBeforeTheyAreTakenOver) {
   const auto one = at::ones({});
   EXPECT_EQ(refused({}), "BCGD: there must be 1 states, got 0");
   EXPECT_EQ(refused({BCGDParamState().latent(two)}),
-            "BCGD: the state has no latent and scale for parameter 0, which is quantized");
+            "BCGD: the state has no scale for parameter 0, which is quantized");
+  EXPECT_EQ(refused({BCGDParamState().scale(one)}),
+            "BCGD: the state has no latent for parameter 0, which is quantized");
   EXPECT_EQ(refused({BCGDParamState().latent(two).scale(one).step(one)}),
             "BCGD: the state has only one of momentum_buffer and step for parameter 0");
   EXPECT_EQ(refused({BCGDParamState().latent(two).scale(two)}),
@@ -362,6 +364,88 @@ TEST(BcgdState, TakesTheStateOfTorchsSgdWhereNothingIsQuantized) {
   sgd.step();
   optimizer.step();
   EXPECT_TRUE(same(p, q));
+}
+
+TEST(BcgdState, OptionsThatAnArchiveLacksStayTheGroups) {
+  const auto p = at::ones({3}).requires_grad_();
+  torch::optim::SGD sgd({p}, torch::optim::SGDOptions(0.5).momentum(0.9));
+  const auto q = at::ones({3}).requires_grad_();
+  const auto options = BCGDOptions(0.1).min_value(0.25).name("alphas").maximize(true).blend(0.5);
+  const std::vector<torch::optim::OptimizerParamGroup> groups{{{q}, std::make_unique<BCGDOptions>(options)}};
+  BCGD optimizer(groups, BCGDOptions(0.2));
+  load(optimizer, saved(sgd));
+  const auto& loaded = static_cast<const BCGDOptions&>(optimizer.param_groups()[0].options());
+  EXPECT_EQ(loaded.lr(), 0.5);
+  EXPECT_EQ(loaded.momentum(), 0.9);
+  EXPECT_EQ(loaded.min_value(), 0.25);
+  EXPECT_EQ(loaded.name(), "alphas");
+  EXPECT_TRUE(loaded.maximize());
+  EXPECT_EQ(loaded.blend(), 0.5);
+  q.mutable_grad() = -at::ones({3});
+  optimizer.step();
+  EXPECT_TRUE(same(q.detach(), at::full({3}, 0.5f)));
+  optimizer.step();
+  EXPECT_TRUE(same(q.detach(), at::full({3}, 0.25f)));  // clamped, where it would be 0.05 - 0.5
+}
+
+// ---- damaged archives ----
+
+// An optimizer as torch::optim::serialize writes it, by its parts.
+struct Archive {
+  std::string state_key = "7", param_key = "7", version = "1.5.0";
+  BCGDOptions options = BCGDOptions(0.1).quant_bits(1).momentum(0.9);
+
+  std::string bytes() const {
+    torch::serialize::OutputArchive archive;
+    const auto& unit = archive.compilation_unit();
+    torch::serialize::OutputArchive states(unit), state(unit), groups(unit), group(unit), own(unit);
+    BCGDParamState()
+        .latent(at::tensor({1.0f, -2.0f}))
+        .scale(at::scalar_tensor(1.5f))
+        .momentum_buffer(at::zeros({2}))
+        .step(at::ones({}))
+        .serialize(state);
+    states.write(state_key, state);
+    group.write("params/size", at::tensor(int64_t{1}));
+    group.write("params/0", c10::IValue(param_key));
+    options.serialize(own);
+    group.write("options", own);
+    groups.write("param_groups/size", at::tensor(int64_t{1}));
+    groups.write("param_groups/0", group);
+    archive.write("pytorch_version", c10::IValue(version));
+    archive.write("state", states);
+    archive.write("param_groups", groups);
+    std::stringstream file;
+    archive.save_to(file);
+    return file.str();
+  }
+};
+
+TEST(BcgdState, DamagedArchivesAreRefusedAndChangeNothing) {
+  const auto p = at::tensor({1.0f, -3.0f}).requires_grad_();
+  BCGD optimizer({ParamGroup{.params = {p}, .quant_bits = 1}}, BCGDOptions(0.75));
+  const auto refused = [&](const Archive& archive) {
+    const auto error = error_of([&] { load(optimizer, archive.bytes()); });
+    EXPECT_EQ(optimizer.param_groups()[0].options().get_lr(), 0.75);
+    EXPECT_TRUE(same(optimizer.latent(p), at::tensor({1.0f, -3.0f})));
+    return error;
+  };
+  const std::string other = "BCGD: load: the archive must be of a BCGD with the same groups: ";
+  for (const auto& key : {"no number", "99999999999999999999999999", ""}) {
+    EXPECT_EQ(refused({.param_key = key}).substr(0, other.size()), other) << key;
+    if (*key) EXPECT_EQ(refused({.state_key = key}).substr(0, other.size()), other) << key;
+  }
+  EXPECT_EQ(refused({.version = "2"}).substr(0, other.size()), other);
+  const std::string group = "BCGD: group 0 of the archive: ";
+  const auto options = BCGDOptions(0.1).quant_bits(1);
+  EXPECT_EQ(refused({.options = BCGDOptions(options).lr(-1)}), group + "lr must be at least 0, got -1");
+  EXPECT_EQ(refused({.options = BCGDOptions(options).lr(std::nan(""))}),
+            group + "lr must be at least 0, got nan");
+  EXPECT_EQ(refused({.options = BCGDOptions(options).blend(2)}), group + "blend must be in 0..1, got 2");
+  EXPECT_EQ(refused({.options = BCGDOptions(options).nesterov(true)}),
+            group + "Nesterov momentum requires a momentum and zero dampening");
+  load(optimizer, Archive().bytes());
+  EXPECT_TRUE(same(p.detach(), at::tensor({1.5f, -1.5f})));
 }
 
 }  // namespace

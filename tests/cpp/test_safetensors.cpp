@@ -223,4 +223,49 @@ TEST_F(Safetensors, RandomDamageLoadsOrIsRefused) {
   }
 }
 
+// Escape sequences must not reach a terminal, nor megabytes a log.
+TEST_F(Safetensors, WhatAFileSaysIsQuotedInMessages) {
+  const std::string wrong = R"(":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}})";
+  const std::string end = "' must have 8 bytes, Float of shape [2], got data_offsets 0 to 4";
+  const auto begin = "load_safetensors: " + path + ": tensor '";
+  write("{\"a\\u001b[2J\\n\x7f\xc2\x85\u20ac" + wrong, "1234");
+  EXPECT_EQ(refused(), begin + R"(a\u001b[2J\u000a\u007f\u0085)" + "\u20ac" + end);
+  write("{\"" + std::string(99, 'x') + "\u20acyz" + wrong, "1234");
+  EXPECT_EQ(refused(), begin + std::string(99, 'x') + "\u20ac..." + end);
+  write("{\"" + std::string(100, 'x') + wrong, "1234");
+  EXPECT_EQ(refused(), begin + std::string(100, 'x') + end);
+  std::string sizes = "1";
+  for (int i = 0; i < 1000; ++i) sizes += ",1";
+  write(R"({"a":{"dtype":"F32","shape":[)" + sizes + R"(],"data_offsets":[0,2]}})", "12");
+  EXPECT_LT(refused().size(), begin.size() + 250);
+  write(R"({"a":{"dtype":")" + std::string(1000, 'F') + R"(","shape":[],"data_offsets":[0,2]}})", "12");
+  EXPECT_LT(refused().size(), begin.size() + 250);
+}
+
+TEST_F(Safetensors, WhatAFileSaysIsQuotedInMessagesOfCheckpoints) {
+  torch::nn::Linear model(1, 1);
+  const std::string bad = "\x1b" + std::string(1000, 'x');
+  const auto refused = [&](const TensorFile& file) {
+    const auto error = error_of([&] { torchqat::restore_checkpoint(file, *model); });
+    EXPECT_EQ(error.find('\x1b'), std::string::npos);
+    EXPECT_NE(error.find("\\u001bxxx"), std::string::npos) << error;
+    EXPECT_LT(error.size(), 300u);
+  };
+  const TensorFile plain{{{"weight", at::ones({1, 1})}, {"bias", at::ones({1})}}, {}};
+  auto file = plain;
+  file.tensors[bad] = at::ones({});
+  refused(file);
+  file = plain;
+  file.metadata["format"] = "torchqat checkpoint " + bad;
+  refused(file);
+  file.metadata["format"] = "torchqat checkpoint 1";
+  file.metadata["staircase_relu." + bad] = "";
+  refused(file);
+  torchqat::nn::StaircaseReLU staircase(2);
+  file = torchqat::checkpoint_of(*staircase);
+  file.metadata["staircase_relu."] = bad;
+  EXPECT_NE(error_of([&] { torchqat::restore_checkpoint(file, *staircase); }).find("\\u001bxxx"),
+            std::string::npos);
+}
+
 }  // namespace

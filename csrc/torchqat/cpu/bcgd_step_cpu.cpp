@@ -13,7 +13,7 @@
 #include "torchqat/cpu/bcgd_step_slices.h"
 #include "torchqat/cpu/bcgd_step_ternary.h"
 #include "torchqat/math/bcgd.h"
-#include "torchqat/ops/bcgd_step.h"
+#include "torchqat/ops/bcgd_step_device.h"
 
 namespace torchqat {
 namespace {

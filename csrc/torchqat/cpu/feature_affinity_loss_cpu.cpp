@@ -6,7 +6,7 @@
 
 #include "torchqat/cpu/feature_affinity_kernels.h"
 #include "torchqat/ops/affinity_products.h"
-#include "torchqat/ops/feature_affinity_device.h"
+#include "torchqat/ops/feature_affinity_loss_device.h"
 
 namespace torchqat {
 namespace {

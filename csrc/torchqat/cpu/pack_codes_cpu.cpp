@@ -6,7 +6,7 @@
 
 #include "torchqat/cpu/pack_codes_kernels.h"
 #include "torchqat/math/pack_codes.h"
-#include "torchqat/ops/pack_codes.h"
+#include "torchqat/ops/pack_codes_device.h"
 
 namespace torchqat {
 namespace {

@@ -13,7 +13,7 @@
 #include "torchqat/math/exact_scale.h"
 #include "torchqat/math/ternary_scale.h"
 #include "torchqat/ops/layout.h"
-#include "torchqat/ops/quantize_weight.h"
+#include "torchqat/ops/quantize_weight_device.h"
 
 namespace torchqat {
 namespace {

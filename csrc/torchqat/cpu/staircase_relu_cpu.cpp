@@ -9,7 +9,7 @@
 #include "torchqat/cpu/staircase_kernels.h"
 #include "torchqat/math/step_codes.h"
 #include "torchqat/ops/layout.h"
-#include "torchqat/ops/staircase_relu.h"
+#include "torchqat/ops/staircase_relu_device.h"
 #include "torchqat/ops/ste.h"
 
 namespace torchqat {

@@ -48,10 +48,10 @@ at::Tensor distance(const at::Tensor& student, const at::Tensor& teacher, const 
   if (options.kd() == "mse") return at::mse_loss(student, teacher);
   const double t = options.temperature();
   const auto log_student = at::log_softmax(student / t, 1);
-  const auto softmax = at::log_softmax(teacher / t, 1);
-  const double least = softmax.scalar_type() == at::kDouble ? std::numeric_limits<double>::lowest()
-                                                            : std::numeric_limits<float>::lowest();
-  const auto log_teacher = softmax.clamp_min(least);  // -inf * 0 would be NaN
+  auto log_teacher = at::log_softmax(teacher / t, 1);
+  const double least = log_teacher.scalar_type() == at::kDouble ? std::numeric_limits<double>::lowest()
+                                                                : std::numeric_limits<float>::lowest();
+  log_teacher = log_teacher.clamp_min(least);  // -inf * 0 would be NaN
   return t * t * at::kl_div(log_student, log_teacher, at::Reduction::None, /*log_target=*/true).sum(1).mean();
 }
 

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "torchqat/ops/feature_affinity_loss.h"
+#include "torchqat/ops/feature_affinity_loss_device.h"
 
 namespace torchqat::nn {
 namespace {

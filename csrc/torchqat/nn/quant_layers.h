@@ -23,6 +23,7 @@
 
 namespace torchqat::nn {
 
+// The base of the two classes below; the library has it for no others.
 template <size_t D, typename Derived>
 class TORCHQAT_API QuantConvNdImpl : public torch::nn::ConvNdImpl<D, Derived> {
  public:
@@ -78,7 +79,7 @@ class TORCHQAT_API QuantMaxPool2dImpl : public torch::nn::Cloneable<QuantMaxPool
 TORCH_MODULE(QuantMaxPool2d);
 
 // In training it does not keep an input that comes straight from a QuantConv1d or 2d with `recompute`:
-// backward computes it again.
+// backward computes it again. The base of the two classes below; the library has it for no others.
 template <size_t D, typename Derived>
 class TORCHQAT_API QuantBatchNormImpl : public torch::nn::BatchNormImplBase<D, Derived> {
  public:

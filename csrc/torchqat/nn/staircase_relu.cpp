@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <vector>
 
 #include "torchqat/ops/layers.h"
 #include "torchqat/ops/staircase_relu.h"
+#include "torchqat/ops/staircase_relu_device.h"
 
 namespace torchqat::nn {
 namespace {
@@ -94,6 +96,8 @@ at::Tensor StaircaseReLUImpl::step_size() const {
 
 at::Tensor StaircaseReLUImpl::forward(const at::Tensor& x) {
   if (observer) {
+    staircase_relu_meta(x, alpha, options.bits(), options.ste(), options.alpha_grad(), /*channel_dim=*/1,
+                        options.save_codes());  // refuses what the operator would
     observer(x);
     return at::relu(x);
   }

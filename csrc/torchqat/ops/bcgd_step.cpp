@@ -5,8 +5,9 @@
 
 #include <algorithm>
 
+#include "torchqat/ops/bcgd_step_device.h"
 #include "torchqat/ops/layout.h"
-#include "torchqat/ops/quantize_weight.h"
+#include "torchqat/ops/quantize_weight_device.h"
 
 namespace torchqat {
 namespace {

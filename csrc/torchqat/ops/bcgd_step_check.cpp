@@ -5,9 +5,9 @@
 #include <functional>
 #include <vector>
 
-#include "torchqat/ops/bcgd_step.h"
+#include "torchqat/ops/bcgd_step_device.h"
 #include "torchqat/ops/dtypes.h"
-#include "torchqat/ops/quantize_weight.h"
+#include "torchqat/ops/quantize_weight_device.h"
 
 namespace torchqat {
 namespace {

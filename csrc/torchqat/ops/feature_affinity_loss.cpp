@@ -11,6 +11,7 @@
 #include "torchqat/math/feature_affinity.h"
 #include "torchqat/ops/autograd_node.h"
 #include "torchqat/ops/dtypes.h"
+#include "torchqat/ops/feature_affinity_loss_device.h"
 
 namespace torchqat {
 namespace {

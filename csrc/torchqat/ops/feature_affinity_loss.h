@@ -4,7 +4,6 @@
 
 #include <string>
 #include <string_view>
-#include <tuple>
 
 #include "torchqat/macros.h"
 
@@ -29,24 +28,5 @@ TORCHQAT_API at::Tensor fast_feature_affinity_loss(const at::Tensor& student, co
 // for features of so many channels and pixels.
 TORCHQAT_API std::string recommend_feature_affinity(int64_t student_channels, int64_t teacher_channels,
                                                     int64_t pixels, int64_t probes = 15);
-
-// Check the arguments and allocate the loss; every backend calls them first, and they are the Meta kernels.
-at::Tensor feature_affinity_loss_meta(const at::Tensor& student, const at::Tensor& teacher,
-                                      std::string_view norm, std::string_view reduction, double eps);
-at::Tensor fast_feature_affinity_loss_meta(const at::Tensor& student, const at::Tensor& teacher,
-                                           const at::Tensor& probes, std::string_view norm,
-                                           std::string_view reduction, double eps);
-
-// The private halves of the differentiable operators: the loss, and its gradient in the student. That is
-// float32 where the features are of half precision, for which its elements may be too small and too large
-// until backward multiplies them.
-std::tuple<at::Tensor, at::Tensor> feature_affinity_with_gradient_meta(const at::Tensor& student,
-                                                                       const at::Tensor& teacher,
-                                                                       std::string_view norm,
-                                                                       std::string_view reduction,
-                                                                       double eps);
-std::tuple<at::Tensor, at::Tensor> fast_feature_affinity_with_gradient_meta(
-    const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& probes, std::string_view norm,
-    std::string_view reduction, double eps);
 
 }  // namespace torchqat

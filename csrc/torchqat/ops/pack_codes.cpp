@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "torchqat/math/pack_codes.h"
+#include "torchqat/ops/pack_codes_device.h"
 
 namespace torchqat {
 namespace {

@@ -15,9 +15,4 @@ TORCHQAT_API at::Tensor pack_codes(const at::Tensor& codes, int64_t bits);
 // The codes again, of shape `size`. packed: [ceil(prod(size) * bits / 8)], uint8, any stride.
 TORCHQAT_API at::Tensor unpack_codes(const at::Tensor& packed, int64_t bits, at::IntArrayRef size);
 
-// Check the arguments and allocate the results; every backend calls them first, and they are the Meta
-// kernels.
-at::Tensor pack_codes_meta(const at::Tensor& codes, int64_t bits);
-at::Tensor unpack_codes_meta(const at::Tensor& packed, int64_t bits, c10::SymIntArrayRef size);
-
 }  // namespace torchqat

@@ -5,6 +5,7 @@
 
 #include "torchqat/ops/dtypes.h"
 #include "torchqat/ops/not_differentiable.h"
+#include "torchqat/ops/quantize_weight_device.h"
 
 namespace torchqat {
 namespace {

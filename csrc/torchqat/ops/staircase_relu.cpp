@@ -7,6 +7,7 @@
 #include "torchqat/ops/dtypes.h"
 #include "torchqat/ops/layer_node.h"
 #include "torchqat/ops/not_differentiable.h"
+#include "torchqat/ops/staircase_relu_device.h"
 #include "torchqat/ops/ste.h"
 
 namespace torchqat {

@@ -78,8 +78,13 @@ at::Tensor empty_magnitude_counts(int64_t channels) {
 }
 
 void count_magnitudes(const at::Tensor& x, const at::Tensor& counts) {
+  TORCH_CHECK_VALUE(counts.dim() == 2, "count_magnitudes: counts must have shape [channels, bins], got ",
+                    counts.sizes());
   const int64_t channels = counts.size(0);
   const int64_t bins = counts.size(1);
+  TORCH_CHECK_VALUE(channels == 1 || (x.dim() >= 2 && x.size(1) == channels),
+                    "count_magnitudes: x must have ", channels, " channels in dimension 1, got shape ",
+                    x.sizes());
   const int shift = shift_of(channels);
   const auto values = x.detach().to(at::kFloat);
   auto index = at::bitwise_right_shift(values.clamp(kLow, kHigh).contiguous().view(at::kInt), shift) -

@@ -3,11 +3,11 @@
 #include <ATen/ATen.h>
 #include <torch/utils.h>
 
-#include <map>
 #include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
-#include "torchqat/ops/bcgd_step.h"
 #include "torchqat/optim/checks.h"
 #include "torchqat/optim/latents.h"
 
@@ -16,10 +16,10 @@ namespace {
 
 using torch::optim::OptimizerParamGroup;
 
-// All options of a group: what it says, and the rest as the optimizer has it.
-BCGDOptions completed(const ParamGroup& group, const BCGDOptions& defaults) {
-  auto options = defaults;
-  options.name(group.name)
+// The group with all options: what it says, and the rest as the optimizer has it.
+OptimizerParamGroup completed(const ParamGroup& group, const BCGDOptions& defaults) {
+  auto options = std::make_unique<BCGDOptions>(defaults);
+  options->name(group.name)
       .quant_bits(group.quant_bits)
       .channel_dim(group.channel_dim)
       .method(group.method)
@@ -31,7 +31,7 @@ BCGDOptions completed(const ParamGroup& group, const BCGDOptions& defaults) {
       .nesterov(group.nesterov.value_or(defaults.nesterov()))
       .blend(group.blend.value_or(defaults.blend()))
       .maximize(group.maximize.value_or(defaults.maximize()));
-  return options;
+  return {group.params, std::move(options)};
 }
 
 }  // namespace
@@ -43,13 +43,15 @@ BCGD::BCGD(const std::vector<ParamGroup>& param_groups, const BCGDOptions& defau
   TORCH_CHECK_VALUE(!defaults.min_value() && quantization(defaults) == quantization(none),
                     "BCGD: the options of all ParamGroups must say nothing of quantization, got ",
                     quantization(defaults), "; give it to a group");
-  for (const auto& group : param_groups) add_param_group(group);
+  std::vector<OptimizerParamGroup> groups;
+  for (const auto& group : param_groups) groups.push_back(completed(group, defaults));
+  add(groups);
 }
 
 BCGD::BCGD(const std::vector<OptimizerParamGroup>& param_groups, const BCGDOptions& defaults)
     : Optimizer(std::vector<OptimizerParamGroup>{}, std::make_unique<BCGDOptions>(defaults)) {
   check_options(defaults);
-  for (const auto& group : param_groups) add_param_group(group);
+  add(param_groups);
   if (quantized().empty()) {
     TORCH_WARN(
         "BCGD: no group has quant_bits, so nothing is quantized: each step is that of torch::optim::SGD, and "
@@ -62,31 +64,37 @@ BCGD::BCGD(std::vector<at::Tensor> params, const BCGDOptions& defaults)
     : BCGD(std::vector<OptimizerParamGroup>{OptimizerParamGroup(std::move(params))}, defaults) {}
 
 void BCGD::add_param_group(const ParamGroup& group) {
-  const auto& defaults = static_cast<const BCGDOptions&>(this->defaults());
-  add_param_group(
-      OptimizerParamGroup(group.params, std::make_unique<BCGDOptions>(completed(group, defaults))));
+  add({completed(group, static_cast<const BCGDOptions&>(defaults()))});
 }
 
-void BCGD::add_param_group(const OptimizerParamGroup& group) {
-  const auto options =
-      group.has_options() ? options_of(group) : static_cast<const BCGDOptions&>(this->defaults());
-  check_group(options, group.params(), param_groups_);
-  Optimizer::add_param_group(group);
-  auto& added = param_groups_.back();
-  // torch 2.13 and newer drop options of classes that they do not know.
-  added.set_options(std::make_unique<BCGDOptions>(options));
-  if (!options.quant_bits()) return;
-  std::vector<Item> items;
-  for (const auto& p : added.params()) items.push_back({p, &options_of(added)});
+void BCGD::add_param_group(const OptimizerParamGroup& group) { add({group}); }
+
+// All of them or none: where one is refused, every parameter has its values back.
+void BCGD::add(const std::vector<OptimizerParamGroup>& groups) {
+  const torch::NoGradGuard no_grad;
+  const size_t group_count = param_groups_.size();
+  const size_t start_count = starts_quantized_.size();
   try {
+    for (const auto& group : groups) {
+      const auto options =
+          group.has_options() ? options_of(group) : static_cast<const BCGDOptions&>(defaults());
+      check_group(options, group.params(), param_groups_);
+      Optimizer::add_param_group(group);
+      // torch 2.13 and newer drop options of classes that they do not know.
+      param_groups_.back().set_options(std::make_unique<BCGDOptions>(options));
+    }
+    const auto items = quantized(group_count);
     adopt(items);
-    for (const auto& [p, o] : items) {
-      if (was_quantized(p, state_of(p), *o)) starts_quantized_.push_back(p);
+    for (const auto& [p, options] : items) {
+      if (was_quantized(p, state_of(p), *options)) starts_quantized_.push_back(p);
     }
   } catch (...) {
-    for (const auto& p : added.params())
-      state_.erase(p.unsafeGetTensorImpl());  // else they could not be added again
-    param_groups_.pop_back();
+    for (const auto& [p, options] : quantized(group_count)) {
+      if (left_.erase(p.unsafeGetTensorImpl())) at::Tensor(p).copy_(latent(p));
+      state_.erase(p.unsafeGetTensorImpl());  // else it could not be added again
+    }
+    starts_quantized_.resize(start_count);
+    while (param_groups_.size() > group_count) param_groups_.pop_back();
     throw;
   }
 }
@@ -108,12 +116,13 @@ bool BCGD::has_latent(const at::Tensor& param) const {
   return found != state_.end() && static_cast<const BCGDParamState&>(*found->second).latent().defined();
 }
 
-std::vector<BCGD::Item> BCGD::quantized() const {
+// The parameters of groups with quant_bits, from group `first` on.
+std::vector<BCGD::Item> BCGD::quantized(size_t first) const {
   std::vector<Item> items;
-  for (const auto& group : param_groups_) {
-    const auto& options = options_of(group);
+  for (size_t i = first; i < param_groups_.size(); ++i) {
+    const auto& options = options_of(param_groups_[i]);
     if (!options.quant_bits()) continue;
-    for (const auto& p : group.params()) items.push_back({p, &options});
+    for (const auto& p : param_groups_[i].params()) items.push_back({p, &options});
   }
   return items;
 }
@@ -217,88 +226,6 @@ void BCGD::Latents::give_back() {
     optimizer_.leave(p);
   }
   optimizer_.swapped_ = false;
-}
-
-at::Tensor BCGD::step(LossClosure closure) {
-  const torch::NoGradGuard no_grad;
-  refuse_swapped("step");
-  at::Tensor loss;
-  if (closure) {
-    const at::AutoGradMode with_grad(true);
-    loss = closure();
-  }
-  warn_of_quantized_starts();
-  std::vector<Item> items;
-  for (const auto& item : quantized()) {
-    const auto& grad = item.param.grad();
-    if (!grad.defined()) continue;
-    TORCH_CHECK(!grad.is_sparse(),
-                "BCGD: gradients in a group with quant_bits must be dense, got a sparse one");
-    items.push_back(item);
-  }
-  adopt(changed(items));
-  // Quantized groups first, as in Python.
-  for (const bool quantized : {true, false}) {
-    for (const auto& group : param_groups_) {
-      const auto& options = options_of(group);
-      std::vector<at::Tensor> params;
-      for (const auto& p : group.params()) {
-        if (p.grad().defined()) params.push_back(p);
-      }
-      if (params.empty() || options.quant_bits().has_value() != quantized) continue;
-      if (quantized)
-        quantized_step(options, params);
-      else
-        plain_step(options, params);
-    }
-  }
-  return loss;
-}
-
-// The step of torch::optim::SGD, then the clamp to `min_value`.
-void BCGD::plain_step(const BCGDOptions& o, const std::vector<at::Tensor>& params) {
-  for (auto p : params) {
-    auto grad = o.maximize() ? p.grad().neg() : p.grad();
-    if (o.weight_decay() != 0) grad = grad.add(p, o.weight_decay());
-    if (o.momentum() != 0) {
-      auto& state = state_of(p);
-      if (state.momentum_buffer().defined())
-        state.momentum_buffer().mul_(o.momentum()).add_(grad, 1 - o.dampening());
-      else
-        state.momentum_buffer(grad.detach().clone());
-      grad = o.nesterov() ? grad.add(state.momentum_buffer(), o.momentum()) : state.momentum_buffer();
-    }
-    p.add_(grad, -o.lr());
-    if (o.min_value()) p.clamp_min_(*o.min_value());
-  }
-}
-
-// One call of bcgd_step_ for each device among the parameters, whatever their dtypes.
-void BCGD::quantized_step(const BCGDOptions& o, const std::vector<at::Tensor>& params) {
-  struct Lists {
-    std::vector<at::Tensor> params, grads, latents, scales, buffers, steps;
-  };
-  std::map<std::string, Lists> devices;
-  for (const auto& p : params) {
-    auto& state = state_of(p);
-    auto& lists = devices[p.device().str()];
-    lists.params.push_back(p);
-    lists.grads.push_back(p.grad());
-    lists.latents.push_back(state.latent());
-    lists.scales.push_back(state.scale());
-    if (o.momentum() != 0) {
-      if (!state.step().defined()) add_momentum(p, state);
-      lists.buffers.push_back(state.momentum_buffer());
-      lists.steps.push_back(state.step());
-    }
-  }
-  const auto lr = at::scalar_tensor(o.lr(), at::kDouble);
-  for (const auto& [device, lists] : devices) {
-    bcgd_step_(lists.params, lists.grads, lists.latents, lists.scales, lists.buffers, lists.steps, lr,
-               *o.quant_bits(), o.channel_dim(), o.method(), o.momentum(), o.dampening(), o.weight_decay(),
-               o.nesterov(), o.blend(), o.maximize());
-  }
-  for (const auto& p : params) leave(p);
 }
 
 }  // namespace torchqat::optim

@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 #include <torch/arg.h>
 #include <torch/optim/optimizer.h>
-#include <torch/optim/serialize.h>
 #include <torch/serialize/archive.h>
 
 #include <cstdint>
@@ -77,7 +76,8 @@ struct TORCHQAT_API BCGDParamState : public torch::optim::OptimizerCloneablePara
 // Blended coarse gradient descent (Yin, Zhang, Lyu, Osher, Qi, Xin 2018, algorithm 1): parameters of groups
 // with quant_bits hold quantized weights, the optimizer holds their float latents. The steps are those of
 // torchqat.optim.BCGD in Python bit for bit, and so are the rules:
-// - Parameters are quantized as soon as the optimizer is made or a group is added. (A group added through a
+// - Parameters are quantized as soon as the optimizer is made or a group is added; where one is refused, none
+//   is. (A group added through a
 //   reference to torch::optim::Optimizer is quantized at its first step, and torch 2.13 and newer give it the
 //   optimizer's options in place of its own.)
 // - A parameter that was changed from outside gets a new latent, its new values, at its next step, with one
@@ -139,9 +139,10 @@ class TORCHQAT_API BCGD : public torch::optim::Optimizer {
     at::Tensor param;
     const BCGDOptions* options;
   };
+  void add(const std::vector<torch::optim::OptimizerParamGroup>& groups);
   BCGDParamState& state_of(const at::Tensor& param);
   bool has_latent(const at::Tensor& param) const;
-  std::vector<Item> quantized() const;
+  std::vector<Item> quantized(size_t first = 0) const;
   std::vector<Item> changed(const std::vector<Item>& items);
   void adopt(const std::vector<Item>& items, bool warn = true);
   void leave(const at::Tensor& param);

@@ -1,6 +1,12 @@
 // What BCGD saves and loads.
 #include <ATen/ATen.h>
+#include <torch/optim/serialize.h>
 #include <torch/utils.h>
+
+#include <exception>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "torchqat/optim/bcgd.h"
 #include "torchqat/optim/checks.h"
@@ -25,6 +31,22 @@ struct SavedOptimizer : torch::optim::Optimizer {
   at::Tensor step(LossClosure) override { return {}; }
 };
 
+// The options of a group of an archive; those that are not in it, as of torch::optim::SGD's, are `own`.
+BCGDOptions loaded_options(torch::serialize::InputArchive& archive, size_t number, const BCGDOptions& own) {
+  torch::serialize::InputArchive groups, group, saved;
+  archive.read("param_groups", groups);
+  groups.read("param_groups/" + std::to_string(number), group);
+  group.read("options", saved);
+  auto options = own;
+  options.serialize(saved);
+  return options;
+}
+
+[[noreturn]] void refuse_archive(const char* reason) {
+  C10_THROW_ERROR(ValueError,
+                  c10::str("BCGD: load: the archive must be of a BCGD with the same groups: ", reason));
+}
+
 }  // namespace
 
 double BCGDOptions::get_lr() const { return lr(); }
@@ -46,7 +68,7 @@ void BCGDOptions::serialize(torch::serialize::OutputArchive& archive) const {
   _TORCH_OPTIM_SERIALIZE_TORCH_ARG(name);
 }
 
-// An option that is not in the archive, as of torch::optim::SGD's, keeps its default.
+// An option that is not in the archive stays.
 void BCGDOptions::serialize(torch::serialize::InputArchive& archive) {
   const auto read = [&]<typename T>(const char* key, T& value) {
     c10::IValue saved;
@@ -87,11 +109,15 @@ void BCGD::save(torch::serialize::OutputArchive& archive) const {
 void BCGD::load(torch::serialize::InputArchive& archive) {
   refuse_swapped("load");
   SavedOptimizer saved(param_groups_, defaults());
+  std::vector<BCGDOptions> options;
   try {
     torch::optim::serialize<BCGDParamState, BCGDOptions>(archive, saved);
+    for (size_t i = 0; i < param_groups_.size(); ++i)
+      options.push_back(loaded_options(archive, i, options_of(param_groups_[i])));
   } catch (const c10::Error& error) {
-    TORCH_CHECK_VALUE(false, "BCGD: load: the archive must be of a BCGD with the same groups: ",
-                      error.what_without_backtrace());
+    refuse_archive(error.what_without_backtrace());
+  } catch (const std::exception& error) {  // of a key that is no number
+    refuse_archive(error.what());
   }
   std::vector<BCGDParamState> states;
   for (size_t i = 0; i < param_groups_.size(); ++i) {
@@ -101,6 +127,7 @@ void BCGD::load(torch::serialize::InputArchive& archive) {
         (!ours.quant_bits() && !theirs.quant_bits()) || quantization(ours) == quantization(theirs),
         "BCGD: group ", i, " of the archive must be quantized as ", quantization(ours), ", got ",
         quantization(theirs));
+    check_options(options[i], c10::str("BCGD: group ", i, " of the archive"));
     for (const auto& p : saved.param_groups()[i].params()) {
       const auto state = saved.state().find(p.unsafeGetTensorImpl());
       states.push_back(state == saved.state().end() ? BCGDParamState()
@@ -109,7 +136,7 @@ void BCGD::load(torch::serialize::InputArchive& archive) {
   }
   restore(states);
   for (size_t i = 0; i < param_groups_.size(); ++i)
-    static_cast<BCGDOptions&>(param_groups_[i].options()) = options_of(saved.param_groups()[i]);
+    static_cast<BCGDOptions&>(param_groups_[i].options()) = std::move(options[i]);
 }
 
 void BCGD::check_states(const std::vector<BCGDParamState>& states, const std::string& what,
@@ -130,8 +157,10 @@ void BCGD::check_states(const std::vector<BCGDParamState>& states, const std::st
       };
       std::vector<int64_t> channels;
       if (options.quant_bits()) {
-        TORCH_CHECK_VALUE(state.latent().defined() && state.scale().defined(), what,
-                          ": the state has no latent and scale for parameter ", name, ", which is quantized");
+        for (const auto& [key, value] :
+             {std::pair("latent", state.latent()), std::pair("scale", state.scale())})
+          TORCH_CHECK_VALUE(value.defined(), what, ": the state has no ", key, " for parameter ", name,
+                            ", which is quantized");
         TORCH_CHECK_VALUE(state.momentum_buffer().defined() == state.step().defined(), what,
                           ": the state has only one of momentum_buffer and step for parameter ", name);
         if (options.channel_dim()) channels.push_back(p.size(*options.channel_dim()));

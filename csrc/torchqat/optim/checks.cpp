@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/function.h>
 
 #include <set>
+#include <string>
 #include <typeinfo>
 
 namespace torchqat::optim {
@@ -16,16 +17,16 @@ const BCGDOptions& options_of(const torch::optim::OptimizerParamGroup& group) {
   return *options;
 }
 
-void check_options(const BCGDOptions& o) {
-  const auto at_least_0 = [](const char* name, double value) {
-    TORCH_CHECK_VALUE(value >= 0, "BCGD: ", name, " must be at least 0, got ", value);
+void check_options(const BCGDOptions& o, const std::string& what) {
+  const auto at_least_0 = [&](const char* name, double value) {
+    TORCH_CHECK_VALUE(value >= 0, what, ": ", name, " must be at least 0, got ", value);
   };
   at_least_0("lr", o.lr());
   at_least_0("momentum", o.momentum());
   at_least_0("weight_decay", o.weight_decay());
-  TORCH_CHECK_VALUE(o.blend() >= 0 && o.blend() <= 1, "BCGD: blend must be in 0..1, got ", o.blend());
-  TORCH_CHECK_VALUE(!o.nesterov() || (o.momentum() > 0 && o.dampening() == 0),
-                    "BCGD: Nesterov momentum requires a momentum and zero dampening");
+  TORCH_CHECK_VALUE(o.blend() >= 0 && o.blend() <= 1, what, ": blend must be in 0..1, got ", o.blend());
+  TORCH_CHECK_VALUE(!o.nesterov() || (o.momentum() > 0 && o.dampening() == 0), what,
+                    ": Nesterov momentum requires a momentum and zero dampening");
 }
 
 void check_group(const BCGDOptions& o, const std::vector<at::Tensor>& params,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchqat.optim import checks
-from torchqat.optim.latents import LatentOptimizer, all_pairs, quantized_pairs, was_quantized
+from torchqat.optim.latents import LatentOptimizer, all_pairs
 from torchqat.optim.steps import plain_step, quantized_step
 
 NOTHING_QUANTIZED = (
@@ -37,8 +37,9 @@ class BCGD(LatentOptimizer):
     bit.
 
     **The parameters are quantized as soon as the optimizer is made** (or a group is added), so that the first
-    gradient is already taken at :math:`w`. Move the model to its device and load its weights before; prepare
-    it before too (:func:`torchqat.prepare`), else its step sizes are in no group and are not trained.
+    gradient is already taken at :math:`w`; where a group is refused, none is. Move the model to its device
+    and load its weights before; prepare it before too (:func:`torchqat.prepare`), else its step sizes are in
+    no group and are not trained.
 
     **One optimizer per model.** The float weights live here and nowhere else. A second optimizer of the same
     parameters, or one made after loading the model's state alone, starts its latents from quantized values:
@@ -105,6 +106,9 @@ class BCGD(LatentOptimizer):
         tensor([[ 0.4000, -1.6000]])
     """
 
+    # While the constructor adds groups: all of them are checked before the first is quantized.
+    _collecting = False
+
     # torch.amp.GradScaler then sets grad_scale and found_inf instead of unscaling the gradients itself.
     _step_supports_amp_scaling = True
 
@@ -128,7 +132,10 @@ class BCGD(LatentOptimizer):
         checks.check_options(defaults)
         params = params if isinstance(params, Tensor) else list(params)  # torch refuses a tensor
         bits_given = any(isinstance(group, dict) and "quant_bits" in group for group in params)
+        self._collecting = True
         super().__init__(params, defaults)
+        self._collecting = False
+        self._take_up(self.param_groups)
         if not bits_given:
             warnings.warn(NOTHING_QUANTIZED, stacklevel=2)
 
@@ -148,9 +155,8 @@ class BCGD(LatentOptimizer):
         group = self.param_groups[-1]
         try:
             checks.check_group(group, self.defaults)
-            pairs = quantized_pairs([group])
-            self._adopt(pairs)
-            self._starts_quantized += [p for p, _ in pairs if was_quantized(p, self.state[p], group)]
+            if not self._collecting:
+                self._take_up([group])
         except Exception:
             self.param_groups.pop()
             raise

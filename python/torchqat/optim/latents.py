@@ -208,6 +208,21 @@ class LatentOptimizer(torch.optim.Optimizer):
             p.copy_(w)
             self._leave(p)
 
+    def _take_up(self, groups: list[Group]) -> None:
+        """Quantizes the parameters of new groups; when it raises, each has its values back."""
+        pairs = quantized_pairs(groups)
+        try:
+            self._adopt(pairs)
+            starts = [p for p, group in pairs if was_quantized(p, self.state[p], group)]
+        except BaseException:
+            with torch.no_grad():
+                for p, _ in pairs:
+                    state = self.state.pop(p, None)  # else it could not be added again
+                    if self._left.pop(id(p), None):
+                        p.copy_(state["latent"])
+            raise
+        self._starts_quantized += starts
+
     def _warn_of_quantized_starts(self) -> None:
         if self._starts_quantized:
             warnings.warn(_quantized_starts(self._starts_quantized), stacklevel=3)

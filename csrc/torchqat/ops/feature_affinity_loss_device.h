@@ -1,13 +1,33 @@
 #pragma once
 
+#include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <string_view>
 #include <tuple>
-
-#include "torchqat/ops/feature_affinity_loss.h"
 
 // The operators of the feature affinity losses from what a device has to compute.
 namespace torchqat {
+
+// Check the arguments and allocate the loss; every backend calls them first, and they are the Meta kernels.
+at::Tensor feature_affinity_loss_meta(const at::Tensor& student, const at::Tensor& teacher,
+                                      std::string_view norm, std::string_view reduction, double eps);
+at::Tensor fast_feature_affinity_loss_meta(const at::Tensor& student, const at::Tensor& teacher,
+                                           const at::Tensor& probes, std::string_view norm,
+                                           std::string_view reduction, double eps);
+
+// The private halves of the differentiable operators: the loss, and its gradient in the student. That is
+// float32 where the features are of half precision, for which its elements may be too small and too large
+// until backward multiplies them.
+std::tuple<at::Tensor, at::Tensor> feature_affinity_with_gradient_meta(const at::Tensor& student,
+                                                                       const at::Tensor& teacher,
+                                                                       std::string_view norm,
+                                                                       std::string_view reduction,
+                                                                       double eps);
+std::tuple<at::Tensor, at::Tensor> fast_feature_affinity_with_gradient_meta(
+    const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& probes, std::string_view norm,
+    std::string_view reduction, double eps);
 
 // The images' values, (batch) in float64, whose sum times `weight` is the loss, of `dtype`. Where `gradient`
 // is defined, the gradient of the loss in the student goes there.

@@ -1,0 +1,58 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <string>
+
+// Files that are written whole or not at all, and read as they are. Errors name the path and the system's
+// reason.
+namespace torchqat {
+
+constexpr const char* kSave = "save_safetensors";
+constexpr const char* kLoad = "load_safetensors";
+
+// Closes what a constructor that raises leaves open.
+class Descriptor {
+ public:
+  Descriptor() = default;
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  ~Descriptor() { close(); }
+
+  bool open(const char* path, int flags);
+  bool close();
+  int number() const { return number_; }
+
+ private:
+  int number_ = -1;
+};
+
+// A file under a name of its own, in the folder where it shall be in the end; removed unless it gets there.
+class NewFile {
+ public:
+  explicit NewFile(const std::string& path);
+  ~NewFile();
+  void write(const void* data, size_t size);
+  void commit();
+
+ private:
+  const std::string& path_;
+  std::filesystem::path target_, own_;
+  Descriptor file_;
+  bool done_ = false;
+};
+
+class OldFile {
+ public:
+  explicit OldFile(const std::string& path);
+  uint64_t size() const { return size_; }
+  void read(void* data, size_t size);
+
+ private:
+  const std::string& path_;
+  Descriptor file_;
+  uint64_t size_ = 0;
+};
+
+}  // namespace torchqat

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 
-@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+ON_GPU = [pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=["cpu", *(ON_GPU if torch.cuda.is_available() else [])])
 def device(request):
     return torch.device(request.param)
 

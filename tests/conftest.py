@@ -3,7 +3,6 @@ import os
 import pytest
 import torch
 
-
 ON_GPU = [pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

@@ -106,8 +106,8 @@ def test_a_cuda_graph_replays_it(case):
 
 
 def test_a_cuda_graph_replays_a_training_step(same_convolutions):
-    """Forward, loss, backward and BCGD's step, captured as one, do what they do one by one, for new batches and
-    new rates too."""
+    """Forward, loss, backward and BCGD's step, captured as one, do what they do one by one, for new batches
+    and new rates too."""
     eager, captured = Training("cuda"), Training("cuda")
     for number in range(3):
         eager.load(number)

@@ -1,4 +1,4 @@
-"""The cases of test_gpu.py cover every operator that has a CUDA kernel, and are work on the CPU too."""
+"""The cases of test_gpu.py cover every operator that has a CUDA kernel, and run on the CPU too."""
 
 import torch
 from gpu_cases import CASES, FOR_SANITIZERS, Training

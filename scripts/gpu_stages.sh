@@ -34,7 +34,7 @@ machine() {
 # GIT_ALLOW_PROTOCOL: GoogleTest is not fetched.
 configure() {
   env GIT_ALLOW_PROTOCOL=file cmake -S . -B "$build" -G Ninja -DPython_EXECUTABLE="$(command -v "$python")" \
-    -DTORCHQAT_CUDA=on -DTORCHQAT_CUDA_ARCHITECTURES="$GPU_CHECK_ARCHITECTURE" "$@"
+    -DTORCHQAT_CUDA=on -DTORCHQAT_CUDA_ARCHITECTURES="$GPU_CHECK_ARCHITECTURE-real" "$@"
 }
 
 build() {

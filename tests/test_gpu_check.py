@@ -120,6 +120,14 @@ def check(tmp_path):
     return Check(tmp_path)
 
 
+def runs(pid):
+    """Whether the process still does something; one that ended may stay listed until it is asked after."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def others(verdicts, *names):
     return {verdict for name, (verdict, _) in verdicts.items() if name not in names}
 
@@ -173,9 +181,8 @@ def test_a_stage_that_hangs_is_ended(check):
     assert code == 1, output
     assert check.verdicts["memcheck"][0] == "TIMED OUT"
     assert check.verdicts["benchmarks"][0] == "passed"
-    for pid in pids.read_text().split():
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(pid), 0)
+    assert pids.read_text()
+    assert not any(runs(pid) for pid in pids.read_text().split())
 
 
 def test_what_is_missing_is_named(check):
@@ -254,7 +261,7 @@ def test_the_limits_add_up_to_less_than_nine_minutes():
     text = (ROOT / "scripts/gpu_check.sh").read_text()
     limits = {name: int(seconds) for name, seconds in re.findall(r"\[(\w+)\]=(\d+)", text)}
     said = re.findall(r"^#   ((?:\w+ ?)+?) {2,}(\d+)  ", text, re.M)
-    assert sum(int(seconds) for _, seconds in said) <= 520 < limits["total"] < 540
+    assert sum(int(seconds) for _, seconds in said) <= 530 < limits["total"] < 540
     for names, seconds in said:
         assert {limits[name] for name in names.split()} == {int(seconds)}
     assert len(said) == 6

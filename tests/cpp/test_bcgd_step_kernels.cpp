@@ -300,7 +300,7 @@ void expect_step(const std::vector<Parameter<T>>& before, const Options<T>& opti
       const opmath at = math::refits(options.projection) ? levels_at(y, options) : scale;
       for (size_t j = 0; j < y.size(); ++j) {
         const T expected_w = static_cast<T>(scale * expected_level(y[j], at, options));
-        ASSERT_TRUE(expected_w == w[j])
+        ASSERT_TRUE(static_cast<opmath>(expected_w) == static_cast<opmath>(w[j]))
             << float(w[j]) << " instead of " << float(expected_w) << " for " << y[j];
       }
     }

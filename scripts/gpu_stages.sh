@@ -137,17 +137,20 @@ sanitized() {
   return "$code"
 }
 
+# However long the program takes to come to CUDA; and without reports of calls of CUDA that fail: torch looks for what
+# a driver may lack, and checks its calls itself.
+sanitizer=(compute-sanitizer --error-exitcode 9 --launch-timeout 0 --report-api-errors no --tool)
+
 sanitize_python() {
   need_library
-  sanitized "$1" "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
-    --target-processes all "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py -m sanitizer \
-    -k test_the_gpu_agrees_with_the_cpu
+  sanitized "$1" "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer[@]}" "$1" --target-processes all \
+    "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py -m sanitizer -k test_the_gpu_agrees_with_the_cpu
 }
 
 sanitize_kernels() {
   need compute-sanitizer
   [ -x "$kernel_tests" ] || skip "there are no tests of the kernels: see the stage kernels"
-  sanitized "$1" "kernels_$1" shards "kernels_$1" "$2" compute-sanitizer --tool "$1" --error-exitcode 9
+  sanitized "$1" "kernels_$1" shards "kernels_$1" "$2" "${sanitizer[@]}" "$1"
 }
 
 # The cases in this order and then all others, so that the first are measured if time ends it; each is written out.

@@ -48,7 +48,7 @@ PROGRAMS = {
     "ninja": "",
     "nvcc": "",
     "nvidia-smi": "",
-    "compute-sanitizer": 'shift 4; [ "$1" != --target-processes ] || shift 2; exec "$@"',
+    "compute-sanitizer": 'while [[ "$1" = --* ]]; do shift 2; done; exec "$@"',
 }
 
 

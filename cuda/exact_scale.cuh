@@ -101,7 +101,7 @@ struct SortedChannel {
 
   __device__ int64_t size() const { return n; }
   __device__ double magnitude(int64_t i) const { return magnitudes[i]; }
-  __device__ double sum_of_first(int64_t count) const {
+  TORCHQAT_HD double sum_of_first(int64_t count) const {
     return count == 0 ? 0.0 : chunks_before[(count - 1) / kChunk] + sums[count - 1];
   }
 };

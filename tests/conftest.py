@@ -3,8 +3,10 @@ import os
 import pytest
 import torch
 
+ON_GPU = [pytest.param("cuda", marks=pytest.mark.gpu)]
 
-@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+
+@pytest.fixture(params=["cpu", *(ON_GPU if torch.cuda.is_available() else [])])
 def device(request):
     return torch.device(request.param)
 

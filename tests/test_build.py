@@ -301,6 +301,12 @@ def test_cuda_must_be_auto_on_or_off(cmake):
     assert "TORCHQAT_CUDA must be auto, on or off, got 'yes'" in output
 
 
+def test_kernels_are_tested_on_a_device_only_where_they_are_built(cmake):
+    code, output = cmake("-DTORCHQAT_CUDA=off", "-DTORCHQAT_DEVICE_TESTS=ON")
+    assert code != 0
+    assert "TORCHQAT_DEVICE_TESTS=ON needs the CUDA kernels" in output
+
+
 def test_a_folder_that_is_not_torch_is_named(cmake, tmp_path):
     code, output = cmake(f"-DTORCHQAT_TORCH_DIR={tmp_path}")
     assert code != 0

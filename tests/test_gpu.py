@@ -1,11 +1,9 @@
-"""What only a GPU can show of every operator: no host synchronization, CUDA graphs, streams, repeatability,
-and agreement with the CPU. scripts/gpu_check.sh runs this file under compute-sanitizer too."""
-
-from collections.abc import Callable
-from dataclasses import dataclass
+"""What only a GPU can show of every operator and of training: no host synchronization, CUDA graphs, streams,
+repeatability, and agreement with the CPU. scripts/gpu_check.sh runs this file under compute-sanitizer too."""
 
 import pytest
 import torch
+from gpu_cases import CASES, FOR_SANITIZERS, Training, staircase
 from torchqat import functional as F
 from torchqat.nn import FastFeatureAffinityLoss
 
@@ -14,143 +12,21 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
 ]
 
-# Around a vector, a warp, a block and a wave of blocks.
-SIZES = (1, 7, 33, 255, 1025, 70_001)
+
+def watched(name):
+    return pytest.param(name, marks=[pytest.mark.sanitizer] if name in FOR_SANITIZERS else [])
 
 
-@dataclass
-class Case:
-    """An operator with arguments: `run` returns what it computes, or what it changed in place."""
-
-    inputs: list[torch.Tensor]
-    run: Callable[[list[torch.Tensor]], list[torch.Tensor]]
-
-    def on(self, device):
-        return [t.to(device, copy=True) for t in self.inputs]
-
-
-def staircase(dtype, ste, channels=None):
-    x = torch.randn(16, 8, 31, 33, dtype=dtype)
-    alpha = torch.rand(channels or (), dtype=torch.float32) + 0.1
-
-    def run(inputs):
-        x, alpha, grad = inputs[0].requires_grad_(), inputs[1].requires_grad_(), inputs[2]
-        y = F.staircase_relu(x, alpha, 2, ste=ste)
-        return [y.detach(), *torch.autograd.grad(y, (x, alpha), grad)]
-
-    return Case([x, alpha, torch.randn_like(x)], run)
-
-
-def codes(dtype):
-    x = torch.randn(16, 8, 31, 33, dtype=dtype)
-    return Case([x, torch.tensor(0.3)], lambda inputs: [F.staircase_codes(*inputs, 4)])
-
-
-def kept(bits, dtype=torch.float32):
-    """y, what is kept of it, y once more, and the gradients of a network that keeps codes."""
-    x = torch.randn(16, 8, 31, 33, dtype=dtype)
-
-    def run(inputs):
-        x, alpha = inputs[0].requires_grad_(), inputs[1].requires_grad_()
-        op = torch.ops.qat
-        y, codes = op._staircase_relu_forward(x.detach(), alpha.detach(), bits, 1, True)
-        again = op._staircase_relu_rebuild(codes, alpha.detach(), y.shape, y.stride(), dtype, bits, 1, y)
-        z = F.staircase_relu(x, alpha, bits, alpha_grad="exact", save_codes=True)
-        grads = torch.autograd.grad(
-            op._max_pool2d(z, [2, 2], [2, 2], [0, 0], [1, 1], False).sum(), (x, alpha)
-        )
-        return [y, codes, again, *grads]
-
-    return Case([x, torch.rand(8) + 0.1], run)
-
-
-def packing(bits):
-    codes = torch.randint(0, 2**bits, (70_001,), dtype=torch.uint8)
-
-    def run(inputs):
-        packed = F.pack_codes(inputs[0], bits)
-        return [packed, F.unpack_codes(packed, bits, [70_001])]
-
-    return Case([codes], run)
-
-
-def weights(bits, method="exact", channel_dim=None):
-    def run(inputs):
-        quantized, scale = F.quantize_weight(inputs[0], bits, method=method, channel_dim=channel_dim)
-        return [quantized, scale, F.weight_codes(inputs[0], scale, bits, channel_dim=channel_dim)]
-
-    return Case([torch.randn(64, 300, dtype=torch.float64)], run)
-
-
-def step(bits, method="exact"):
-    shapes = [size for size in SIZES for _ in range(20)]
-    lists = [[torch.randn(size, dtype=torch.float64) for size in shapes] for _ in range(4)]
-    tail = [torch.full((), 0.2, dtype=torch.float64) for _ in shapes] + [torch.tensor(2.0) for _ in shapes]
-    lr = torch.tensor(0.05, dtype=torch.float64)
-
-    def run(inputs):
-        k = len(shapes)
-        params, grads, latents, buffers, scales, steps = (list(inputs[i * k : (i + 1) * k]) for i in range(6))
-        options = {"bits": bits, "method": method, "momentum": 0.9, "weight_decay": 1e-4}
-        F.bcgd_step_(params, grads, latents, scales, buffers, steps, lr=inputs[-1], **options)
-        return inputs
-
-    return Case([*sum(lists, []), *tail, lr], run)
-
-
-def affinity(dtype, loss, *probes, spatial=(9, 13), **options):
-    """The loss and the gradient; only the loss of l1 below float64, whose gradient has signs of rounding."""
-    student, teacher = (torch.randn(3, channels, *spatial, dtype=dtype) for channels in (20, 17))
-
-    def run(inputs):
-        student = inputs[0].requires_grad_()
-        value = loss(student, *inputs[1:], **options)
-        gradient = torch.autograd.grad(value, student)
-        return [value.detach(), *(gradient if options["norm"] == "fro" or dtype == torch.float64 else ())]
-
-    return Case([student, teacher, *probes], run)
-
-
-CASES = {
-    **{f"staircase_relu-{ste}": lambda ste=ste: staircase(torch.float32, ste) for ste in F.ste_names()},
-    **{
-        f"staircase_relu-{dtype}": lambda dtype=dtype: staircase(dtype, "clipped_relu")
-        for dtype in (torch.float64, torch.float16, torch.bfloat16)
-    },
-    "staircase_relu-channels": lambda: staircase(torch.float32, "clipped_relu", channels=8),
-    "staircase_codes": lambda: codes(torch.float32),
-    **{f"staircase_relu-kept-{bits}": lambda bits=bits: kept(bits) for bits in (1, 2, 4, 8)},
-    "staircase_relu-kept-bfloat16": lambda: kept(4, torch.bfloat16),
-    **{f"pack_codes-{bits}": lambda bits=bits: packing(bits) for bits in (1, 2, 4, 8)},
-    **{f"quantize_weight-{bits}": lambda bits=bits: weights(bits) for bits in (1, 2, 3, 4, 8)},
-    "quantize_weight-channels": lambda: weights(4, channel_dim=0),
-    "quantize_weight-lloyd": lambda: weights(4, "lloyd"),
-    "quantize_weight-twn": lambda: weights(2, "twn"),
-    **{f"bcgd_step_-{bits}": lambda bits=bits: step(bits) for bits in (1, 2, 4)},
-    "bcgd_step_-lloyd": lambda: step(3, "lloyd"),
-    **{
-        f"feature_affinity_loss-{norm}-{dtype}": lambda norm=norm, dtype=dtype: affinity(
-            dtype, F.feature_affinity_loss, norm=norm
-        )
-        for norm in ("l1", "fro")
-        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    },
-    "feature_affinity_loss-direct": lambda: affinity(
-        torch.float32, F.feature_affinity_loss, norm="fro", spatial=(3, 3)
-    ),
-    **{
-        f"fast_feature_affinity_loss-{norm}": lambda norm=norm: affinity(
-            torch.float64, F.fast_feature_affinity_loss, torch.randn(9 * 13, 5), norm=norm
-        )
-        for norm in ("l1", "fro")
-    },
-    "bcgd_step_-twn": lambda: step(2, "twn"),
-}
-
-
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=[watched(name) for name in CASES])
 def case(request):
     return CASES[request.param]()
+
+
+@pytest.fixture
+def same_convolutions():
+    """cuDNN takes the same algorithms each time, and none that adds in an order of the moment."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        yield
 
 
 def assert_same(actual, expected):
@@ -227,6 +103,99 @@ def test_a_cuda_graph_replays_it(case):
         graph.replay()
         torch.cuda.synchronize()
         assert_same(outputs, expected)
+
+
+def test_a_cuda_graph_replays_a_training_step(same_convolutions):
+    """Forward, loss, backward and BCGD's step, captured as one, do what they do one by one, for new batches
+    and new rates too."""
+    eager, captured = Training("cuda"), Training("cuda")
+    for number in range(3):
+        eager.load(number)
+        eager.step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for number in range(3):  # what is made at the first step is made outside the capture
+            captured.load(number)
+            captured.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = captured.step()
+    torch.cuda.synchronize()
+    assert_same(captured.state(), eager.state())
+    for number in range(3, 3 + Training.BATCHES):
+        eager.load(number)
+        expected = eager.step()
+        captured.load(number)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same([loss, *captured.state()], [expected, *eager.state()])
+
+
+def test_a_training_step_waits_for_nothing():
+    training = Training("cuda")
+    training.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def at_once():
+    """Makes two streams that wait until work for both is there."""
+
+    def streams():
+        both = torch.cuda.Stream(), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        for stream in both:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(20_000_000)
+        return both
+
+    yield streams
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_streams_at_once_disturb_nothing(name, at_once):
+    """The same operator twice, which may share no scratch memory; and with the next one in the list."""
+    names = list(CASES)
+    for partner in (name, names[(names.index(name) + 1) % len(names)]):
+        pair = [CASES[name](), CASES[partner]()]
+        alone = [[t.clone() for t in case.run(case.on("cuda"))] for case in pair]
+        inputs = [[case.on("cuda") for case in pair] for _ in range(4)]
+        streams = at_once()
+        results = [[], []]
+        for both in inputs:
+            for i, stream in enumerate(streams):
+                with torch.cuda.stream(stream):
+                    results[i].append(pair[i].run(both[i]))
+        torch.cuda.synchronize()
+        for i in range(2):
+            for result in results[i]:
+                assert_same(result, alone[i])
+
+
+def test_two_trainings_on_two_streams_disturb_nothing(same_convolutions, at_once):
+    def train(training, number):
+        training.load(number)
+        return training.step()
+
+    alone = [Training("cuda", seed) for seed in range(2)]
+    losses = [[train(training, number) for number in range(4)] for training in alone]
+    together = [Training("cuda", seed) for seed in range(2)]
+    streams = at_once()
+    seen = [[], []]
+    for number in range(4):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                seen[i].append(train(together[i], number))
+    torch.cuda.synchronize()
+    for i in range(2):
+        assert_same([*seen[i], *together[i].state()], [*losses[i], *alone[i].state()])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU on this machine")

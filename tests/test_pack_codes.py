@@ -125,6 +125,7 @@ def test_a_code_with_more_bits_is_an_error_on_a_cpu(bits):
     exactly(F.pack_codes(torch.full((8,), 255, dtype=torch.uint8), 8), torch.full((8,), 255).byte())
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_a_gpu_takes_the_low_bits(bits):

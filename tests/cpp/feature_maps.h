@@ -26,6 +26,8 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 template <typename T>
 constexpr bool kHalf = sizeof(T) == 2;
+// StorageTypes, as these kernels have them: the emulator's __half is c10::Half, and CUDA's is not.
+using FeatureTypes = ::testing::Types<double, float, __nv_bfloat16, __half>;
 // What the kernels compute with.
 template <typename T>
 using Wide = opmath_t<T>;
@@ -189,6 +191,7 @@ Map random_features(int64_t images, int64_t channels, int64_t pixels, unsigned s
   return map;
 }
 
+#ifndef __CUDACC__
 // Memory for n elements of which few are touched.
 template <typename T>
 class FarBuffer {
@@ -201,10 +204,13 @@ class FarBuffer {
   FarBuffer(const FarBuffer&) = delete;
   FarBuffer& operator=(const FarBuffer&) = delete;
   T* data() { return static_cast<T*>(data_); }
+  T at(int64_t i) { return data()[i]; }
+  void set(int64_t i, T value) { data()[i] = value; }
 
  private:
   size_t bytes_;
   void* data_;
 };
+#endif
 
 }  // namespace torchqat::cuda::testing

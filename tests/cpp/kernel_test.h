@@ -15,6 +15,10 @@
 
 #include "launch.cuh"
 
+#ifdef __CUDACC__
+#include "on_device/device_memory.h"
+#endif
+
 // What the tests of the CUDA kernels share. The kernels run on the host, under emu/, with AddressSanitizer
 // and UndefinedBehaviorSanitizer. A test has three parts: buffers of exactly the size that the kernel may
 // touch, launches inside in_every_world, and a comparison with a plain loop.
@@ -33,6 +37,7 @@ inline const std::vector<int64_t> kSizes = {1, 7, 8, 9, 31, 32, 33, 255, 256, 25
 // A kernel was started; EXPECT_EQ would not say why not.
 inline void expect_success(cudaError_t error) { EXPECT_STREQ(cudaGetErrorString(error), "no error"); }
 
+#ifndef __CUDACC__
 // Device memory of exactly n elements that begins `shift` elements after a 32-byte boundary. It holds what
 // the world's poison makes of it until somebody writes; reads past its end are AddressSanitizer's to find,
 // writes before its beginning `contents` finds.
@@ -48,12 +53,13 @@ class Buffer {
   }
   Buffer(const std::vector<T>& values, int64_t shift = 0)
       : Buffer(static_cast<int64_t>(values.size()), shift) {
-    std::copy(values.begin(), values.end(), data());
+    assign(values);
   }
 
   T* data() { return reinterpret_cast<T*>(bytes_.get()) + shift_; }
   int64_t size() const { return n_; }
 
+  void assign(const std::vector<T>& values) { std::copy(values.begin(), values.end(), data()); }
   std::vector<T> contents() {
     const auto is_poison = [&](uint8_t byte) { return byte == poison_; };
     EXPECT_TRUE(std::all_of(bytes_.get(), bytes_.get() + shift_ * sizeof(T), is_poison))
@@ -70,6 +76,7 @@ class Buffer {
   uint8_t poison_;
   std::unique_ptr<uint8_t[], Free> bytes_;
 };
+#endif
 
 // Equal to the last bit, NaN and the sign of zero included.
 template <typename T>

@@ -300,7 +300,7 @@ void expect_step(const std::vector<Parameter<T>>& before, const Options<T>& opti
       const opmath at = math::refits(options.projection) ? levels_at(y, options) : scale;
       for (size_t j = 0; j < y.size(); ++j) {
         const T expected_w = static_cast<T>(scale * expected_level(y[j], at, options));
-        ASSERT_TRUE(expected_w == w[j])
+        ASSERT_TRUE(static_cast<opmath>(expected_w) == static_cast<opmath>(w[j]))
             << float(w[j]) << " instead of " << float(expected_w) << " for " << y[j];
       }
     }
@@ -495,6 +495,7 @@ TEST(BcgdScales, AllZero) {
   }
 }
 
+#ifndef __CUDACC__  // the emulator counts
 // The number of launches does not grow with the number of tensors.
 TEST(BcgdLaunches, AreFewForManyTensors) {
   const std::vector<Parameter<float>> many(kMaxTensors, make_parameter<float>(per_tensor(5), 1));
@@ -508,6 +509,7 @@ TEST(BcgdLaunches, AreFewForManyTensors) {
   EXPECT_EQ(launches(Projection::ternary, 2), 4u);
   EXPECT_EQ(launches(Projection::lloyd, 4), 5u);
 }
+#endif
 
 TEST(BcgdLaunches, NoTensors) {
   const auto batch = std::make_unique<BatchOf<float>>();

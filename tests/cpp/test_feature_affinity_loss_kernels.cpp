@@ -194,7 +194,7 @@ void expect_l1(const Result& result, const Map& s, const Map& t, bool differenti
 
 template <typename T>
 class FeatureAffinityKernels : public ::testing::Test {};
-TYPED_TEST_SUITE(FeatureAffinityKernels, StorageTypes);
+TYPED_TEST_SUITE(FeatureAffinityKernels, FeatureTypes);
 
 TYPED_TEST(FeatureAffinityKernels, ValueAndGradientOfEveryShapeAndLayout) {
   using T = TypeParam;
@@ -390,7 +390,7 @@ TEST(FeatureAffinityBig, OffsetsOfImagesHave64Bits) {
   const auto fill = [](FarBuffer<float>& to, const Map& m) {
     const Map unit = unit_of(m);
     for (int64_t i = 0; i < static_cast<int64_t>(unit.at.size()); ++i)
-      to.data()[i / (m.channels * 4) * kFar + i % (m.channels * 4)] = static_cast<float>(unit.at[i]);
+      to.set(i / (m.channels * 4) * kFar + i % (m.channels * 4), static_cast<float>(unit.at[i]));
   };
   fill(a, s);
   fill(b, t);
@@ -398,7 +398,7 @@ TEST(FeatureAffinityBig, OffsetsOfImagesHave64Bits) {
   const FmaTiles<float> tiles{{a.data(), 3, 4, kFar}, {b.data(), 2, 4, kFar}, {grad.data(), 3, 4, kFar}, 4};
   expect_success(launch_l1_affinity(tiles, 2, true, partial.data(), values.data(), nullptr));
   Result result{values.contents(), s, s};
-  for (int64_t i = 0; i < 24; ++i) result.grad_unit.at[i] = grad.data()[i / 12 * kFar + i % 12];
+  for (int64_t i = 0; i < 24; ++i) result.grad_unit.at[i] = grad.at(i / 12 * kFar + i % 12);
   expect_l1<float, float>(result, s, t, true);
 }
 

@@ -13,7 +13,7 @@ namespace {
 
 template <typename T>
 class FeatureColumns : public ::testing::Test {};
-TYPED_TEST_SUITE(FeatureColumns, StorageTypes);
+TYPED_TEST_SUITE(FeatureColumns, FeatureTypes);
 
 // Stacked, the student's rows above the teacher's, in double, as the matrix products take them.
 TYPED_TEST(FeatureColumns, UnitColumnsInDoubleStacked) {
@@ -168,10 +168,8 @@ TEST(FeatureColumnsBig, OffsetsHave64Bits) {
     FarBuffer<T> features(kFar + 64), grad_features(kFar + 64);
     FarBuffer<float> columns(kFar + 64);
     Buffer<float> norms(4), grads(laid_out<float>(grad, dense));
-    const auto element = [&](T* data, int64_t i) -> T& {
-      return data[i / 4 * far[0] + i / 2 % 2 * far[1] + i % 2 * far[2]];
-    };
-    for (int64_t i = 0; i < 8; ++i) element(features.data(), i) = static_cast<T>(static_cast<float>(f.at[i]));
+    const auto place = [&](int64_t i) { return i / 4 * far[0] + i / 2 % 2 * far[1] + i % 2 * far[2]; };
+    for (int64_t i = 0; i < 8; ++i) features.set(place(i), static_cast<T>(static_cast<float>(f.at[i])));
     const auto from = features_at<const T>(features.data(), f, far);
     const UnitColumns<float> to{columns.data(), 2, 2, kFar};
     expect_success(launch_unit_columns(from, 2, kEps, to, norms.data(), nullptr));
@@ -179,8 +177,8 @@ TEST(FeatureColumnsBig, OffsetsHave64Bits) {
                                                 norms.data(), kEps, kFactor,
                                                 features_at(grad_features.data(), f, far), nullptr));
     for (int64_t i = 0; i < 8; ++i) {
-      EXPECT_NEAR(columns.data()[i / 4 * kFar + i % 4], unit.at[i], 1e-7);
-      out.at[i] = static_cast<float>(element(grad_features.data(), i));
+      EXPECT_NEAR(columns.at(i / 4 * kFar + i % 4), unit.at[i], 1e-7);
+      out.at[i] = static_cast<float>(grad_features.at(place(i)));
     }
     expect_backward<float, T>(f, grad, out);
   }

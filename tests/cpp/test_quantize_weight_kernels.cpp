@@ -78,12 +78,14 @@ void launch_exact(Buffer<T>& w, Buffer<opmath_t<T>>& scale, const ChannelSlices&
   Buffer<double> chunk_sums(channels * chunks_of(slices.size));
   expect_success(launch(magnitudes_kernel<T, op_t>, blocks_for(slices.weights(), 4), nullptr, w.data(),
                         magnitudes.data(), slices));
+  auto sorted = magnitudes.contents();
   for (int64_t c = 0; c < channels; ++c) {
-    op_t* const first = magnitudes.data() + c * slices.size;
+    const auto first = sorted.begin() + c * slices.size;
     if (std::none_of(first, first + slices.size, [](op_t m) { return std::isnan(m); })) {
       std::sort(first, first + slices.size, std::greater<op_t>());
     }
   }
+  magnitudes.assign(sorted);
   expect_success(
       launch_prefix_sums(magnitudes.data(), sums.data(), chunk_sums.data(), channels, slices.size, nullptr));
   expect_success(launch(exact_scale_kernel<op_t>, blocks_of(channels), nullptr, magnitudes.data(),
@@ -115,7 +117,7 @@ Result<T> run(const std::vector<T>& values, const ChannelSlices& slices, WeightM
     expect_success(launch_write_weights(quantized.data(), slices, write, nullptr));
     expect_success(
         launch_write_weights(codes.data(), slices, Codes<T, op_t>{w.data(), scale.data(), bits}, nullptr));
-    return Result<T>{std::vector<op_t>(cut, cut + slices.view.channels), scale.contents(),
+    return Result<T>{(method == WeightMethod::exact ? scale : other).contents(), scale.contents(),
                      quantized.contents(), codes.contents()};
   });
 }

@@ -26,7 +26,8 @@ def test_every_fault_can_be_planted():
         source = (ROOT / fault.file).read_text()
         assert fault.planted(source) != source, fault.name
         assert fault.what.endswith("."), fault.name
-        assert run.tests_of(fault.file), f"{fault.name}: no test includes {fault.file}"
+        assert fault.programs(), f"{fault.name}: no test includes {fault.file}"
+        assert set(fault.programs()) <= set(run.tests_of(fault.file)), fault.name
 
 
 def test_there_are_enough_faults_in_every_file():

@@ -20,9 +20,12 @@
 // touch, launches inside in_every_world, and a comparison with a plain loop.
 namespace torchqat::cuda::testing {
 
-// The dtypes of the operators, for TYPED_TEST_SUITE. Half and BFloat16 are torch's own, from its header-only
-// part.
-using StorageTypes = ::testing::Types<double, float, c10::BFloat16, c10::Half>;
+// The dtypes of the operators, for TYPED_TEST_SUITE; `make faults` takes fewer. Half and BFloat16 are torch's
+// own, from its header-only part.
+#ifndef TORCHQAT_STORAGE_TYPES
+#define TORCHQAT_STORAGE_TYPES double, float, c10::BFloat16, c10::Half
+#endif
+using StorageTypes = ::testing::Types<TORCHQAT_STORAGE_TYPES>;
 
 template <typename T>
 using opmath_t = std::conditional_t<std::is_same_v<T, double>, double, float>;

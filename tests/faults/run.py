@@ -5,8 +5,7 @@
     make faults ARGS="--jobs 4"
 
 Each mistake is made in a copy of the sources. Every test program that includes the changed file is built
-from it and run, those that are done sooner first, until one fails. A mistake that does not compile is an
-error of the list.
+from it and run, the smaller first, until one fails. A mistake that does not compile is an error of the list.
 """
 
 import argparse
@@ -20,19 +19,22 @@ import sys
 import tempfile
 import time
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 ROOT = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_name("faults.toml")
 SOURCES = ("cuda", "csrc/torchqat/math", "tests/cpp")
 FOLDERS = ("cuda", "csrc", "tests/cpp", "tests/cpp/emu")  # where includes are looked for
 EMULATOR = ("emu/engine.cpp", "emu/fiber.cpp")
-# Those of tests/cpp/CMakeLists.txt, but without optimization: a program is built for a mistake and run once.
+# Those of tests/cpp/CMakeLists.txt, but quick to compile, since a program is built for one mistake and run
+# once: not optimized, without UBSan's checks of every pointer, and with two dtypes, a wide and a narrow one.
 FLAGS = (
     "-std=c++20 -O0 -w -fno-omit-frame-pointer -fno-strict-aliasing -ffp-contract=off "
-    "-fsanitize=address,undefined -fno-sanitize-recover=all"
+    "-fsanitize=address,undefined -fno-sanitize-recover=all "
+    "-fno-sanitize=null,object-size,pointer-overflow,vptr -DTORCHQAT_STORAGE_TYPES=double,c10::Half"
 ).split()
 
 
@@ -47,6 +49,13 @@ class Fault:
     file: str
     text: str
     replacement: str
+    tests: tuple[str, ...] = ()  # where not all that include the file need be asked
+
+    def programs(self) -> list[str]:
+        """The sources of the test programs that may find it, the smaller first."""
+        return sorted(
+            self.tests or tests_of(self.file), key=lambda test: (ROOT / "tests/cpp" / test).stat().st_size
+        )
 
     def planted(self, source: str) -> str:
         if (count := source.count(self.text)) != 1:
@@ -101,8 +110,7 @@ class Workshop:
     def __init__(self, folder: Path):
         self.folder = folder
         self.headers, self.libraries = headers_and_libraries()
-        ccache = shutil.which("ccache")
-        self.compiler = [*([ccache] if ccache else []), os.environ.get("CXX", "c++")]
+        self.compiler = os.environ.get("CXX", "c++")
         self.objects: list[str] = []
 
     def copy(self, name: str) -> Path:
@@ -117,17 +125,16 @@ class Workshop:
             raise Problem(f"{what} does not compile:\n{done.stderr or done.stdout}")
 
     def compile(self, tree: Path, source: str) -> str:
-        # From within the tree, so that nothing depends on where it is and ccache knows a file again.
         result = str(tree / (Path(source).stem + ".o"))
         folders = [f"-I{folder}" for folder in FOLDERS]
-        command = [*self.compiler, *FLAGS, *folders, *self.headers, "-c", f"tests/cpp/{source}", "-o", result]
+        command = [self.compiler, *FLAGS, *folders, *self.headers, "-c", f"tests/cpp/{source}", "-o", result]
         self.call(command, tree, source)
         return result
 
     def run(self, tree: Path, test: str, limit: float | None = None, *options: str) -> Outcome:
         program = tree / Path(test).stem
         objects = [self.compile(tree, test), *self.objects]
-        self.call([self.compiler[-1], *FLAGS, *objects, *self.libraries, "-o", str(program)], tree, test)
+        self.call([self.compiler, *FLAGS, *objects, *self.libraries, "-o", str(program)], tree, test)
         start = time.monotonic()
         environment = {**os.environ, "ASAN_OPTIONS": "symbolize=0:detect_leaks=0"}
         try:
@@ -160,56 +167,61 @@ def reason(done: subprocess.CompletedProcess) -> str:
     return test
 
 
-def check(
-    fault: Fault, workshop: Workshop, unchanged: dict[str, float], seconds: dict[str, float]
-) -> Outcome:
-    tree = workshop.copy(fault.name)
-    source = tree / fault.file
-    source.write_text(fault.planted(source.read_text()))
-    total = 0.0
-    try:
-        for test in sorted(tests_of(fault.file), key=seconds.__getitem__):
-            outcome = workshop.run(tree, test, 60 + 10 * unchanged[test], "--gtest_fail_fast")
-            total += outcome.seconds
-            if outcome.failed:
-                return outcome
-        return Outcome(False, "", total)
-    finally:
-        shutil.rmtree(tree)
+class Checks:
+    """Whether the tests find a fault. A program has to pass without it first."""
 
+    def __init__(self, workshop: Workshop):
+        self.workshop = workshop
+        self.tree = workshop.copy("unchanged")
+        workshop.objects = [workshop.compile(self.tree, source) for source in EMULATOR]
+        self.unchanged: dict[str, Future[float]] = {}
+        self.lock = Lock()
 
-def check_all(faults: list[Fault], workshop: Workshop, jobs: int) -> int:
-    tree = workshop.copy("unchanged")
-    tests = sorted({test for fault in faults for test in tests_of(fault.file)})
-    unchanged: dict[str, float] = {}  # seconds to run
-    seconds: dict[str, float] = {}  # to build and run
-    width = max(len(fault.name) for fault in faults)
+    def seconds(self, test: str) -> float:
+        """How long a program runs without any fault."""
+        with self.lock:
+            mine = test not in self.unchanged
+            future = self.unchanged.setdefault(test, Future())
+        if mine:
+            try:
+                outcome = self.workshop.run(self.tree, test)
+                if outcome.failed:
+                    raise Problem(f"without any fault {test} fails already: {outcome.how}")
+                print(f"{test} passes without any fault ({outcome.seconds:.0f} s)", flush=True)
+                future.set_result(outcome.seconds)
+            except Problem as problem:
+                future.set_exception(problem)
+        return future.result()
 
-    def run_unchanged(test: str) -> Outcome:
-        start = time.monotonic()
-        outcome = workshop.run(tree, test)
-        unchanged[test], seconds[test] = outcome.seconds, time.monotonic() - start
-        return outcome
-
-    def checked(fault: Fault) -> tuple[str, str]:
+    def check(self, fault: Fault) -> tuple[str, str]:
+        limits = {test: 60 + 10 * self.seconds(test) for test in fault.programs()}
+        tree = self.workshop.copy(fault.name)
+        source = tree / fault.file
+        source.write_text(fault.planted(source.read_text()))
         try:
-            outcome = check(fault, workshop, unchanged, seconds)
+            for test, limit in limits.items():
+                outcome = self.workshop.run(tree, test, limit, "--gtest_fail_fast")
+                if outcome.failed:
+                    return "caught", outcome.how
+            return "SURVIVED", fault.what
         except Problem as problem:
-            return "error", str(problem)
-        return ("caught", outcome.how) if outcome.failed else ("SURVIVED", fault.what)
+            return "ERROR", str(problem)
+        finally:
+            shutil.rmtree(tree)
 
+
+def check_all(faults: list[Fault], checks: Checks, jobs: int) -> int:
+    width = max(len(fault.name) for fault in faults)
+    caught = 0
     with ThreadPoolExecutor(jobs) as pool:
-        workshop.objects = list(pool.map(lambda source: workshop.compile(tree, source), EMULATOR))
-        for test, outcome in zip(tests, pool.map(run_unchanged, tests), strict=True):
-            if outcome.failed:
-                raise Problem(f"without any fault {test} fails already: {outcome.how}")
-            print(f"unchanged {test}: passes ({seconds[test]:.0f} s)", flush=True)
-        caught = 0
-        for number, (fault, (state, how)) in enumerate(
-            zip(faults, pool.map(checked, faults), strict=True), 1
-        ):
-            caught += state == "caught"
-            print(f"[{number}/{len(faults)}] {fault.name:{width}} {state}: {how}", flush=True)
+        results = pool.map(checks.check, faults)
+        try:
+            for number, (fault, (state, how)) in enumerate(zip(faults, results, strict=True), 1):
+                caught += state == "caught"
+                print(f"[{number}/{len(faults)}] {fault.name:{width}} {state}: {how}", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     print(f"faults caught: {caught}/{len(faults)}")
     return 0 if caught == len(faults) else 1
 
@@ -227,7 +239,7 @@ def main() -> int:
     for fault in faults:
         fault.planted((ROOT / fault.file).read_text())
     with tempfile.TemporaryDirectory(prefix="torchqat-faults-") as folder:
-        return check_all(faults, Workshop(Path(folder)), arguments.jobs)
+        return check_all(faults, Checks(Workshop(Path(folder))), arguments.jobs)
 
 
 if __name__ == "__main__":

@@ -52,3 +52,17 @@ def test_includes_are_followed():
         "test_bcgd_step_kernels.cpp",
         "test_quantize_weight_kernels.cpp",
     ]
+
+
+@pytest.mark.parametrize(
+    ("states", "status"), [(["caught", "caught"], 0), (["caught", "SURVIVED"], 1), (["ERROR", "caught"], 1)]
+)
+def test_every_fault_must_be_caught(capsys, states, status):
+    class Checks:
+        def check(self, fault):
+            return states[FAULTS.index(fault)], "how"
+
+    assert run.check_all(FAULTS[:2], Checks(), jobs=1) == status
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"[1/2] {FAULTS[0].name} ") and f"{states[0]}: how" in lines[0]
+    assert lines[-1] == f"faults caught: {states.count('caught')}/2"

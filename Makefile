@@ -1,7 +1,7 @@
 # Everything happens in .venv and build/ of this checkout; each target can be run again and does what is left to do.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo distill-demo test bench kernels-report format build clean
+.PHONY: help demo distill-demo test faults bench kernels-report format build clean
 
 PYTHON_IN_VENV := .venv/bin/python
 DEMO := examples/train_classifier.py --dataset digits --weight-bits 1 --act-bits 2 --out runs/demo --overwrite
@@ -20,6 +20,10 @@ distill-demo: build  ## set up, build, teach such a network by a float one, with
 test:  ## set up, build, run all tests: Python, C++, emulated kernels
 	@scripts/build.sh --tests
 	@scripts/test.sh
+
+faults:  ## set up, build, plant mistakes in the kernels one by one: do the tests find them? (ARGS="NAME... --jobs 2")
+	@scripts/build.sh --tests
+	$(PYTHON_IN_VENV) tests/faults/run.py $(ARGS)
 
 bench: build  ## set up, build, run the benchmarks (ARGS="case --quick" and so on)
 	$(PYTHON_IN_VENV) benchmarks/run.py $(ARGS)

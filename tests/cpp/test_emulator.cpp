@@ -2,7 +2,9 @@
 #include <mma.h>
 
 #include <bit>
+#include <cstdlib>
 #include <numeric>
+#include <set>
 
 #include "kernel_test.h"
 
@@ -204,6 +206,69 @@ std::vector<int> dynamic_ints(int bytes, int stored = kThreads) {
   return out.contents();
 }
 
+__global__ void predicate_kernel(int* out) {
+  const int i = threadIdx.x;
+  out[6 * i] = __syncthreads_count(i % 3 == 0 ? 7 : 0);
+  out[6 * i + 1] = __syncthreads_and(i < kThreads) != 0;
+  out[6 * i + 2] = __syncthreads_and(i != 77) != 0;
+  out[6 * i + 3] = __syncthreads_or(i == 77) != 0;
+  out[6 * i + 4] = __syncthreads_or(i == kThreads) != 0;
+  __syncthreads();
+  out[6 * i + 5] = __syncthreads_count(0);
+}
+
+TEST(Emulator, CountsThreadsAtBarriers) {
+  const auto out = in_every_world([] { return ints_of(predicate_kernel, 6 * kThreads); });
+  for (int i = 0; i < kThreads; ++i) {
+    EXPECT_EQ(std::vector<int>(&out[6 * i], &out[6 * i] + 6),
+              (std::vector<int>{(kThreads + 2) / 3, 1, 0, 1, 0, 0}));
+  }
+}
+
+__global__ void order_kernel(int* out, unsigned* next) {
+  __shared__ unsigned of_block;
+  if (threadIdx.x == 0) of_block = 0;
+  __syncthreads();
+  const unsigned i = atomicAdd(&of_block, 1u);
+  if (i == 0) out[atomicAdd(next, 1u)] = static_cast<int>(blockIdx.x);
+  if (blockIdx.x == 0) out[gridDim.x + i] = static_cast<int>(threadIdx.x);
+}
+
+// The blocks of a grid, then the threads of its first block, as they come.
+std::vector<int> order_in(const emu::World& world) {
+  const InWorld inside(world);
+  Buffer<int> out(40 + kThreads);
+  Buffer<unsigned> next(std::vector<unsigned>{0});
+  expect_success(launch(order_kernel, 40, nullptr, out.data(), next.data()));
+  return out.contents();
+}
+
+TEST(Emulator, ShufflesBlocksAndThreadsBySeed) {
+  std::set<std::vector<int>> blocks, threads;
+  for (const unsigned seed : {1, 2, 3, 4}) {
+    const auto order = order_in({0, emu::Order::shuffled, seed});
+    EXPECT_EQ(order, order_in({0xFF, emu::Order::shuffled, seed}));
+    blocks.insert(std::vector<int>(order.begin(), order.begin() + 40));
+    threads.insert(std::vector<int>(order.begin() + 40, order.end()));
+  }
+  EXPECT_EQ(blocks.size(), 4U);
+  EXPECT_EQ(threads.size(), 4U);
+}
+
+TEST(Emulator, TakesTheSeedFromTheEnvironment) {
+  const char* const before = std::getenv("TORCHQAT_EMU_SEED");
+  const std::string kept = before == nullptr ? "" : before;
+  setenv("TORCHQAT_EMU_SEED", "41", 1);
+  const auto all = worlds();
+  before == nullptr ? unsetenv("TORCHQAT_EMU_SEED") : setenv("TORCHQAT_EMU_SEED", kept.c_str(), 1);
+  std::vector<unsigned> seeds;
+  for (const auto& world : all) {
+    if (world.order == emu::Order::shuffled) seeds.push_back(world.seed);
+  }
+  EXPECT_EQ(seeds, (std::vector<unsigned>{41, 42}));
+  EXPECT_EQ(emu::name_of({0x0A, emu::Order::shuffled, 41}), "poison 0x0A, shuffled (TORCHQAT_EMU_SEED=41)");
+}
+
 TEST(Emulator, HasDynamicSharedMemory) {
   const auto out = in_every_world([] { return dynamic_ints(4 * kThreads); });
   for (int i = 0; i < kThreads; ++i) EXPECT_EQ(out[i], kThreads - 1 - i);
@@ -351,6 +416,9 @@ __global__ void different_masks_kernel(int*) { __syncwarp(threadIdx.x % 32 < 16 
 __global__ void source_not_in_mask_kernel(int* out) {
   if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_down_sync(0xFFFF, 1, 1);
 }
+__global__ void lanes_of_other_warps_kernel(int* out) {
+  out[threadIdx.x] = threadIdx.x < 128 ? __shfl_sync(kAllLanes, 1, 0) : __any_sync(0xFFFF, 1);
+}
 __global__ void no_power_of_two_kernel(int* out) { out[threadIdx.x] = __shfl_xor_sync(kAllLanes, 1, 1, 12); }
 
 TEST(EmulatorFinds, WarpCallsWithoutTheirLanes) {
@@ -359,7 +427,10 @@ TEST(EmulatorFinds, WarpCallsWithoutTheirLanes) {
   EXPECT_SAYS(error_of(caller_not_in_mask_kernel), "leaves out its caller (thread 31 of block 0, 0, 0)");
   EXPECT_SAYS(error_of(different_masks_kernel), "different masks");
   EXPECT_SAYS(error_of(source_not_in_mask_kernel), "reads a lane outside of its mask (thread ");
+  EXPECT_SAYS(error_of(lanes_of_other_warps_kernel), "leaves out its caller (thread 144 of block");
   EXPECT_SAYS(error_of(no_power_of_two_kernel), "no power of two");
+  const InWorld last_lane_first({0, emu::Order::descending});
+  EXPECT_SAYS(error_of(lane_returned_kernel), "names a lane that is not there");
 }
 
 __global__ void no_guard_kernel(int* out) { out[grid_thread()] = 1; }
@@ -369,14 +440,23 @@ __global__ void shared_overrun_kernel(int* out) {
   __syncthreads();
   out[threadIdx.x] = values[threadIdx.x];
 }
-[[maybe_unused]] __global__ void misaligned_kernel(int* out) { store_pack(out, load_pack<4>(out + 4)); }
+[[maybe_unused]] __global__ void misaligned_load_kernel(int* out) { out[0] = load_pack<4>(out)[0]; }
+[[maybe_unused]] __global__ void misaligned_store_kernel(int* out) { store_pack(out, Pack<int, 4>{}); }
+[[maybe_unused]] __global__ void misaligned_shared_kernel(int* out) {
+  alignas(16) __shared__ int values[kThreads + 4];
+  values[threadIdx.x] = 1;
+  __syncthreads();
+  out[threadIdx.x] = load_pack<2>(&values[threadIdx.x])[0];
+}
 
 TEST(EmulatorFinds, MemoryErrors) {
   EXPECT_DEATH(ints_of(no_guard_kernel, kThreads + 1, 2), "heap-buffer-overflow");
   EXPECT_DEATH(ints_of(shared_overrun_kernel, kThreads), "index 256 out of bounds");
 #ifndef __clang__  // which does not check the alignment of a struct that is copied
   Buffer<int> out(8, 1);
-  EXPECT_DEATH(launch(misaligned_kernel, 1, nullptr, out.data()), "misaligned address");
+  EXPECT_DEATH(launch(misaligned_load_kernel, 1, nullptr, out.data()), "misaligned address");
+  EXPECT_DEATH(launch(misaligned_store_kernel, 1, nullptr, out.data()), "misaligned address");
+  EXPECT_DEATH(ints_of(misaligned_shared_kernel, kThreads), "misaligned address");
 #endif
   Buffer<int> shifted(1, 1);
   shifted.data()[-1] = 0;
@@ -408,11 +488,26 @@ TEST(EmulatorFinds, UnsetMemory) {
 TEST(EmulatorFinds, GridsThatAreTooSmall) {
   EXPECT_NONFATAL_FAILURE(in_every_world([] { return ints_of(no_guard_kernel, 2 * kThreads, 1); }),
                           kWorldsDiffer);
-  Buffer<int> out(1);
-  EXPECT_EQ(launch(no_guard_kernel, 0, nullptr, out.data()), cudaErrorInvalidConfiguration);
-  EXPECT_EQ(launch(no_guard_kernel, dim3(1, 65536), nullptr, out.data()), cudaErrorInvalidConfiguration);
-  cudaLaunchConfig_t config{1, 1025, 0, nullptr, nullptr, 0};
-  EXPECT_EQ(cudaLaunchKernelEx(&config, no_guard_kernel, out.data()), cudaErrorInvalidConfiguration);
+}
+
+__global__ void nothing_kernel() {}
+
+TEST(EmulatorFinds, LaunchesBeyondTheLimits) {
+  const auto error_of_launch = [](dim3 grid, dim3 block, size_t dynamic_shared = 0) {
+    cudaLaunchConfig_t config{grid, block, dynamic_shared, nullptr, nullptr, 0};
+    return cudaLaunchKernelEx(&config, nothing_kernel);
+  };
+  const size_t most_shared = 48 * 1024;
+  EXPECT_EQ(error_of_launch({3, 2, 2}, {4, 4, 64}, most_shared), cudaSuccess);
+  EXPECT_EQ(error_of_launch({1, 65535, 1}, 1), cudaSuccess);
+  EXPECT_EQ(error_of_launch(1, 1, most_shared + 1), cudaErrorInvalidValue);
+  for (const dim3 grid :
+       {dim3(0), dim3(1, 0), dim3(1, 1, 0), dim3(0x80000000), dim3(1, 65536), dim3(1, 1, 65536)})
+    EXPECT_EQ(error_of_launch(grid, 1), cudaErrorInvalidConfiguration);
+  for (const dim3 block :
+       {dim3(0), dim3(1, 0), dim3(1, 1, 0), dim3(1025), dim3(1, 1025), dim3(1, 1, 65), dim3(32, 33)})
+    EXPECT_EQ(error_of_launch(1, block), cudaErrorInvalidConfiguration);
+  EXPECT_EQ(launch(nothing_kernel, 0, nullptr), cudaErrorInvalidConfiguration);
 }
 
 // Kernels of one warp with a mistake around fragments; out has 16 x 16 floats.
@@ -544,6 +639,17 @@ TEST(EmulatorFinds, MissingBarriers) {
 }
 
 __global__ void last_block_wins_kernel(int* out) { *out = static_cast<int>(blockIdx.x); }
+
+TEST(EmulatorFinds, AndNamesTheSeed) {
+  const emu::World world{0x17, emu::Order::shuffled, 23};
+  const InWorld inside(world);
+  EXPECT_SAYS(error_of(two_barriers_kernel), "TORCHQAT_EMU_SEED=23");
+  EXPECT_SAYS(error_of(no_power_of_two_kernel), "TORCHQAT_EMU_SEED=23");
+  EXPECT_DEATH(ints_of(no_guard_kernel, kThreads + 1, 2), "emulated with poison 0x17, shuffled .*_SEED=23");
+  EXPECT_DEATH(ints_of(shared_overrun_kernel, kThreads), "emulated with poison 0x17, shuffled .*_SEED=23");
+  const auto run = [] { return ints_of(last_block_wins_kernel, 1, 999); };
+  EXPECT_NONFATAL_FAILURE(in_every_world(run), emu::name_of(worlds().back()));
+}
 
 TEST(EmulatorFinds, DependenceOnTheOrderOfBlocks) {
   EXPECT_NONFATAL_FAILURE(in_every_world([] { return ints_of(last_block_wins_kernel, 1, 5); }),

@@ -232,6 +232,49 @@ TYPED_TEST(QuantizeWeightKernels, WhatIsZeroOrNotANumber) {
   }
 }
 
+// Beyond kMaxBlocks a block takes more than one slice, and more than one channel.
+TEST(ChannelSums, DoNotDependOnTheNumberOfBlocks) {
+  using Sums = math::MagnitudeSums;
+  using Add = AddMagnitude<float, float>;
+  const ChannelSlices slices = per_channel(3, 1, kWeightSlice + 3);
+  const auto w = weights<float>(slices);
+  const auto cuts = [&](unsigned blocks) {
+    return in_every_world([&] {
+      Buffer<float> weight(w), cut(3);
+      Buffer<Sums> partial(slices.total());
+      expect_success(
+          launch(sum_slices_kernel<Sums, Add>, blocks, nullptr, partial.data(), slices, Add{weight.data()}));
+      expect_success(launch(finish_channels_kernel<Sums, SetCut<float>>, blocks, nullptr, partial.data(),
+                            slices, SetCut<float>{cut.data(), WeightMethod::lloyd, 4, slices.size}));
+      return cut.contents();
+    });
+  };
+  const auto expected = cuts(6);
+  for (const unsigned blocks : {1, 2, 4}) EXPECT_EQ(cuts(blocks), expected) << blocks;
+}
+
+TEST(ExactScale, DoesNotDependOnTheNumberOfBlocks) {
+  constexpr int64_t kChannels = 5, kSize = kChunk + 3;
+  std::vector<float> values(kChannels * kSize);
+  for (int64_t i = 0; i < kChannels * kSize; ++i)
+    values[i] = static_cast<float>((kSize - i % kSize) * (i / kSize + 1)) / 64;
+  const auto scales = [&](unsigned blocks) {
+    return in_every_world([&] {
+      Buffer<float> magnitudes(values), scale(std::vector<float>(kChannels, 1));
+      Buffer<double> sums(kChannels * kSize), chunk_sums(kChannels * chunks_of(kSize));
+      expect_success(launch(prefix_in_chunks_kernel<float>, blocks, nullptr, magnitudes.data(), sums.data(),
+                            chunk_sums.data(), kChannels, kSize));
+      expect_success(
+          launch(prefix_of_chunks_kernel<double>, blocks, nullptr, chunk_sums.data(), kChannels, kSize));
+      expect_success(launch(exact_scale_kernel<float>, blocks, nullptr, magnitudes.data(), sums.data(),
+                            chunk_sums.data(), scale.data(), kChannels, kSize, math::weight_top(3)));
+      return scale.contents();
+    });
+  };
+  const auto expected = scales(kChannels);
+  for (const unsigned blocks : {1, 2}) EXPECT_EQ(scales(blocks), expected) << blocks;
+}
+
 TEST(PrefixSums, AreThoseOfALoopAcrossChunks) {
   for (const int64_t size : {int64_t{1}, int64_t{9}, kChunk, kChunk + 1, kChunk * (kThreads + 1) + 5}) {
     const int64_t channels = size < 2 * kChunk ? 3 : 1;

@@ -71,6 +71,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                           uint64_t{block.x} * block.y * block.z <= 1024;
   if (!grid_fits || !block_fits) return cudaErrorInvalidConfiguration;
   if (config->dynamicSmemBytes > emu::kDynamicSharedSize) return cudaErrorInvalidValue;
+  emu::kernels.insert(reinterpret_cast<const void*>(kernel));
   const std::tuple<Params...> copies(std::forward<Args>(args)...);
   emu::run_grid(grid, block, config->dynamicSmemBytes, [&] { std::apply(kernel, copies); });
   return cudaSuccess;

@@ -4,10 +4,14 @@
 #include <sanitizer/asan_interface.h>
 
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <iomanip>
 #include <map>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <span>
 #include <sstream>
@@ -32,14 +36,16 @@ struct Thread {
   uint3 index;
   State state;
   Site site;
+  bool predicate;
   WarpCall call;
 };
 
 std::vector<std::unique_ptr<Thread>> threads;  // of the block that runs, by linear index
 std::vector<std::unique_ptr<Thread>> spare;    // stacks are worth keeping from launch to launch
-Thread* running = nullptr;
+unsigned holding = 0;                          // predicates at the last barrier
+Thread* running = nullptr;                     // null between launches
 const std::function<void()>* body = nullptr;
-std::string failure;
+std::optional<Error> failure;
 
 std::string text(const Site& site) {
   std::ostringstream out;
@@ -49,11 +55,12 @@ std::string text(const Site& site) {
 
 bool same(const Site& a, const Site& b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
 
-std::vector<unsigned> order_of(unsigned n, unsigned seed) {
+std::vector<unsigned> order_of(unsigned n, unsigned of) {
   std::vector<unsigned> order(n);
   std::iota(order.begin(), order.end(), 0U);
   if (world.order == Order::descending) std::reverse(order.begin(), order.end());
-  if (world.order == Order::shuffled) std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+  if (world.order == Order::shuffled)
+    std::shuffle(order.begin(), order.end(), std::mt19937(0x9E3779B9U * world.seed + of));
   return order;
 }
 
@@ -87,7 +94,7 @@ void run_thread(void*) {
   try {
     (*body)();
   } catch (const Error& error) {
-    failure = error.what();
+    failure = error;
   }
 }
 
@@ -98,7 +105,11 @@ bool open_barrier() {
     if (thread->fiber.finished() || thread->state != State::at_barrier) return false;
     if (!same(thread->site, threads[0]->site)) return false;
   }
-  for (const auto& thread : threads) thread->state = State::ready;
+  holding = 0;
+  for (const auto& thread : threads) {
+    holding += thread->predicate;
+    thread->state = State::ready;
+  }
   return true;
 }
 
@@ -165,7 +176,7 @@ bool pass(std::span<const unsigned> order) {
     threadIdx = thread.index;
     thread.fiber.resume();
     moved = true;
-    if (!failure.empty()) throw Error(failure);
+    if (failure) throw Error(*failure);
   }
   return moved;
 }
@@ -183,13 +194,13 @@ void run_to_barrier(std::span<const unsigned> order) {
   }
 }
 
-void run_block(size_t dynamic_shared_size, unsigned seed) {
+void run_block(size_t dynamic_shared_size, unsigned block) {
   poison_shared(dynamic_shared_size);
   for (const auto& thread : threads) {
     thread->state = State::ready;
     thread->fiber.start(run_thread, nullptr);
   }
-  const auto order = order_of(static_cast<unsigned>(threads.size()), seed);
+  const auto order = order_of(static_cast<unsigned>(threads.size()), block);
   do {
     run_to_barrier(order);
   } while (open_barrier());
@@ -222,7 +233,10 @@ void run_grid(dim3 grid, dim3 block, size_t dynamic_shared_size, const std::func
   gridDim = grid;
   blockDim = block;
   body = &thread_body;
-  failure.clear();
+  failure.reset();
+  struct Finally {
+    ~Finally() { running = nullptr; }
+  } finally;
   const unsigned blocks = grid.x * grid.y * grid.z;
   for (const unsigned i : order_of(blocks, blocks)) {
     blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
@@ -230,10 +244,27 @@ void run_grid(dim3 grid, dim3 block, size_t dynamic_shared_size, const std::func
   }
 }
 
-void block_barrier(Site site) {
+std::string name_of(const World& world) {
+  std::ostringstream out;
+  out << "poison 0x" << std::hex << std::uppercase << std::setw(2) << std::setfill('0') << int{world.poison}
+      << ", " << std::dec;
+  if (world.order == Order::ascending) out << "ascending";
+  if (world.order == Order::descending) out << "descending";
+  if (world.order == Order::shuffled) out << "shuffled (TORCHQAT_EMU_SEED=" << world.seed << ")";
+  return out.str();
+}
+
+unsigned first_seed() {
+  const char* const seed = std::getenv("TORCHQAT_EMU_SEED");
+  return seed == nullptr ? 1 : static_cast<unsigned>(std::strtoul(seed, nullptr, 0));
+}
+
+unsigned block_barrier(Site site, bool predicate) {
   running->site = site;
+  running->predicate = predicate;
   running->state = State::at_barrier;
   running->fiber.pause();
+  return holding;
 }
 
 uint64_t warp_call(const WarpCall& call) {
@@ -258,3 +289,12 @@ unsigned linear_thread() { return threadIdx.x + blockDim.x * (threadIdx.y + bloc
 unsigned block_size() { return blockDim.x * blockDim.y * blockDim.z; }
 
 }  // namespace emu
+
+// The sanitizers call these with an error of theirs, before they end the program.
+namespace {
+void name_world() {
+  if (emu::running != nullptr) std::fprintf(stderr, "emulated with %s\n", emu::name_of(emu::world).c_str());
+}
+}  // namespace
+extern "C" void __asan_on_error() { name_world(); }
+extern "C" void __ubsan_on_report() { name_world(); }

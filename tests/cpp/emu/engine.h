@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -25,13 +26,20 @@ enum class Order { ascending, descending, shuffled };
 struct World {
   uint8_t poison = 0xFF;  // every byte of memory that nobody wrote
   Order order = Order::ascending;
+  unsigned seed = 1;  // of a shuffled order
 };
 inline World world;
+
+// "poison 0xFF, shuffled (TORCHQAT_EMU_SEED=1)". Every error names the world in which it came about.
+std::string name_of(const World& world);
+
+// The environment variable TORCHQAT_EMU_SEED, or 1: the seed from which tests take those of their worlds.
+unsigned first_seed();
 
 // A kernel did what a device does not allow. Reaches the test as an exception out of the launch.
 class Error : public std::runtime_error {
  public:
-  using std::runtime_error::runtime_error;
+  explicit Error(const std::string& what) : std::runtime_error(what + "\n  with " + name_of(world)) {}
 };
 
 // Where in a kernel threads meet. (std::source_location needs clang 16.)
@@ -51,8 +59,12 @@ struct Launch {
 };
 inline std::vector<Launch> launches;
 
-// __syncthreads, called by the fiber that runs.
-void block_barrier(Site site);
+// All kernels that were launched since the program began.
+inline std::set<const void*> kernels;
+
+// __syncthreads, called by the fiber that runs. Returns how many threads of the block gave a predicate that
+// holds.
+unsigned block_barrier(Site site, bool predicate = false);
 
 // What the lanes named in `mask` do together: each brings a value, and gets `result`.
 struct WarpCall {

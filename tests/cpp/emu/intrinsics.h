@@ -16,6 +16,15 @@
 constexpr int warpSize = emu::kWarpSize;
 
 inline void __syncthreads(emu::Site site = emu::Site::current()) { emu::block_barrier(site); }
+inline int __syncthreads_count(int predicate, emu::Site site = emu::Site::current()) {
+  return static_cast<int>(emu::block_barrier(site, predicate != 0));
+}
+inline int __syncthreads_and(int predicate, emu::Site site = emu::Site::current()) {
+  return emu::block_barrier(site, predicate != 0) == emu::block_size();
+}
+inline int __syncthreads_or(int predicate, emu::Site site = emu::Site::current()) {
+  return emu::block_barrier(site, predicate != 0) != 0;
+}
 
 inline void __syncwarp(unsigned mask = 0xFFFFFFFF, emu::Site site = emu::Site::current()) {
   emu::warp_call({emu::WarpCall::Kind::sync, site, mask});

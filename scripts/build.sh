@@ -85,7 +85,7 @@ known_architectures() {
 report_kernels() {
   local nvcc release archs objects
   nvcc=${CUDACXX:-$(PATH="$PATH:/usr/local/cuda/bin" command -v nvcc ||
-    compgen -G "$PWD/.venv/lib/python3.*/site-packages/nvidia/cu*/bin/nvcc" | head -n 1)}
+    compgen -G "$PWD/.venv/lib/python3.*/site-packages/nvidia/cu*/bin/nvcc" | head -n 1 || true)}
   [ -x "$nvcc" ] || fail "the report of kernels needs nvcc. Install the CUDA toolkit, or its compiler from PyPI" \
     "(.venv/bin/python -m pip install 'cuda-toolkit[nvcc,cccl]' of torch's CUDA version), or name one: CUDACXX=<nvcc>."
   .venv/bin/python scripts/kernel_resources.py needs

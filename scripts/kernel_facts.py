@@ -1,10 +1,12 @@
 """What ptxas and the SASS say of CUDA kernels, and how many of their blocks an SM holds."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,6 +66,10 @@ class Kernel:
     def count(self, kind: str, width: int) -> int:
         """Accesses of at least that many bytes."""
         return sum(n for (k, size), n in self.accesses.items() if k == kind and size >= width)
+
+
+def arch_number(arch: str) -> int:
+    return int(re.sub(r"\D", "", arch))
 
 
 def round_up(x: int, unit: int) -> int:
@@ -146,18 +152,22 @@ def read_accesses(sass, kernels: list[Kernel]):
             arch = match[1]
 
 
+def read_object(record: Path, with_accesses: bool) -> list[Kernel]:
+    kernels = parse(record.read_text())
+    if with_accesses:
+        listing = [cuobjdump(), "-sass", str(record).removesuffix(SUFFIX)]
+        with subprocess.Popen(listing, stdout=subprocess.PIPE, text=True) as process:
+            read_accesses(process.stdout, kernels)
+        if process.returncode:
+            sys.exit(f"kernel_resources.py: {' '.join(listing)} failed")
+    return kernels
+
+
 def read_folder(folder: Path, with_accesses: bool = False) -> list[Kernel]:
     """All kernels of the objects in a build folder, by name and architecture."""
-    kernels = []
-    for file in sorted(folder.rglob("*" + SUFFIX)):
-        own = parse(file.read_text())
-        if with_accesses:
-            listing = [cuobjdump(), "-sass", str(file).removesuffix(SUFFIX)]
-            with subprocess.Popen(listing, stdout=subprocess.PIPE, text=True) as process:
-                read_accesses(process.stdout, own)
-            if process.returncode:
-                sys.exit(f"kernel_resources.py: {' '.join(listing)} failed")
-        kernels += own
+    records = sorted(folder.rglob("*" + SUFFIX))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # it is cuobjdump that takes the time
+        kernels = [k for own in pool.map(lambda r: read_object(r, with_accesses), records) for k in own]
     for kernel, name in zip(kernels, demangle([k.symbol for k in kernels]), strict=True):
         kernel.name = name
-    return sorted(kernels, key=lambda k: (k.name, int(re.sub(r"\D", "", k.arch))))
+    return sorted(kernels, key=lambda k: (k.name, arch_number(k.arch)))

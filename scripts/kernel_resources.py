@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
 
-from kernel_facts import SPILLS, SUFFIX, Kernel, cuobjdump, occupancy, read_folder
+from kernel_facts import SPILLS, SUFFIX, Kernel, arch_number, cuobjdump, occupancy, read_folder
 
 LISTED = Path(__file__).resolve().parent.parent / "cuda/memory_bound_kernels.txt"
 
@@ -108,7 +108,7 @@ def check(folder: Path) -> int:
     for k in everything:
         if k.spilled and not k.ours:
             print(f"a library's kernel, left as it is: {k.arch} {k.name[:90]} spills {k.spilled} bytes")
-    archs = sorted({k.arch for k in kernels})
+    archs = sorted({k.arch for k in kernels}, key=arch_number)
     listed = listed_kernels()
     problems = [p for arch in archs for p in problems_of([k for k in kernels if k.arch == arch], listed)]
     print("\n".join(problems) or "no kernel spills, and the memory-bound ones are as wide as listed")
@@ -141,7 +141,7 @@ def page(folder: Path, nvcc: str, archs: list[str]) -> int:
         both = [k and accesses(k, kind) for k in of for kind in ("LDG", "STG")]
         widths.append([f"`{name}`", *(cell or "" for cell in both)])
     print(PAGE_HEAD.format(nvcc=nvcc))
-    for arch in sorted(set(archs) - set(there)):
+    for arch in sorted(set(archs) - set(there), key=arch_number):
         print(f"\nMissing: {arch}, which this nvcc does not know.")
     print("\n" + table(["kernel", *there], resources))
     print(ACCESSES_HEAD)

@@ -33,8 +33,11 @@ FLOAT, OURS = "float, fused SGD", "torchqat BCGD, W1A4"
 
 
 def problems(device, quick):
+    """One after another: networks share code, and torch.compile keeps few versions of it."""
     larger = [("resnet18", 224, 64)] if device == "cuda" else []
-    return [problem(*size, device) for size in (QUICK_SIZES if quick else SIZES + larger)]
+    for size in QUICK_SIZES if quick else SIZES + larger:
+        torch.compiler.reset()
+        yield problem(*size, device)
 
 
 def problem(name, size, batch, device):
@@ -54,12 +57,13 @@ def problem(name, size, batch, device):
 
 
 def contenders(name, size, images, labels):
-    def contender(who, quantize, optimizer, finish=lambda model: model):
+    def contender(who, quantize, optimizer, compiles=False):
         def make():
             model = quantize(network(name, size)).to(images.device)
-            return Step(finish(model), optimizer(model), images, labels)
+            called = torch.compile(model, fullgraph=True) if compiles else model
+            return Step(called, optimizer(model), images, labels)
 
-        return Contender(who, make, compiles=finish is torch.compile)
+        return Contender(who, make, compiles)
 
     def by_hand(model):
         return hand_written_network(model, BITS)
@@ -82,9 +86,9 @@ def contenders(name, size, images, labels):
         contender(
             "torchao fake quantization, other bits: W4A8", lambda m: torchao_network(m, BITS), fused_sgd
         ),
-        contender("torch.compile of eager autograd.Functions, W1A4", by_hand, fused_sgd, torch.compile),
-        contender("torchqat BCGD, torch.compile of the network, W1A4", prepared, bcgd, torch.compile),
-        contender("torch.compile of float", floats, fused_sgd, torch.compile),
+        contender("torch.compile of eager autograd.Functions, W1A4", by_hand, fused_sgd, compiles=True),
+        contender("torchqat BCGD, torch.compile of the network, W1A4", prepared, bcgd, compiles=True),
+        contender("torch.compile of float", floats, fused_sgd, compiles=True),
     ]
 
 

@@ -53,6 +53,21 @@ def test_other_errors_of_an_operator_pass_unchanged():
         call(torch.ops.qat.staircase_relu, x)
 
 
+def test_only_the_operators_own_defaults_are_left_to_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr(F, "call", lambda operator, *args, **options: seen.append(options))
+    schema = torch.ops.qat.staircase_relu.default._schema
+    defaults = {a.name: a.default_value for a in schema.arguments if a.kwarg_only}
+    F.staircase_relu(X, STEP)
+    F.staircase_relu(X, STEP, **defaults)
+    assert seen == [{}, {}]
+    others = {"ste": "relu", "alpha_grad": "exact", "channel_dim": 0, "save_codes": True}
+    assert others.keys() == defaults.keys()
+    for name, other in [*others.items(), ("channel_dim", 1.0), ("channel_dim", True), ("save_codes", 0)]:
+        F.staircase_relu(X, STEP, **{name: other})
+        assert seen.pop() == {name: other}
+
+
 CALLS = {
     "staircase_relu": lambda x, step: F.staircase_relu(x, step, 2),
     "staircase_codes": lambda x, step: F.staircase_codes(x, step, 2),

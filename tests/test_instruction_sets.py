@@ -92,7 +92,9 @@ def python(capability, *arguments):
 @pytest.mark.parametrize("capability", LESSER)
 def test_the_tests_of_the_operators_pass_on_lesser_processors(capability):
     """But for compiled code: inductor writes vectors of its own, for the processor that is there."""
-    files = [TESTS / f"test_{op}.py" for op in ("staircase_relu", "quantize_weight", "bcgd_step", "pack_codes")]
+    files = [
+        TESTS / f"test_{op}.py" for op in ("staircase_relu", "quantize_weight", "bcgd_step", "pack_codes")
+    ]
     files.append(f"{TESTS}/test_code_saving.py::test_every_width_and_dtype")
     result = python(
         capability, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not compile", *files

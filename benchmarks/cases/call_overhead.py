@@ -49,6 +49,7 @@ def from_python(passes, calls, device):
     alpha = torch.tensor(0.1, device=device, requires_grad=passes != NO_GRADIENT)
     names = {
         "F": F,
+        "qat": torch.ops.qat,
         "aten": torch.ops.aten,
         "torch": torch,
         "x": x,
@@ -57,7 +58,8 @@ def from_python(passes, calls, device):
     }
     top = 2**BITS - 1
     statements = {
-        "torchqat staircase_relu": (f"F.staircase_relu(x, alpha, {BITS})", "x, alpha"),
+        "torchqat staircase_relu": (f"qat.staircase_relu(x, alpha, {BITS})", "x, alpha"),
+        "torchqat.functional.staircase_relu": (f"F.staircase_relu(x, alpha, {BITS})", "x, alpha"),
         "aten.gelu, tanh": ("aten.gelu(x, approximate='tanh')", "x"),
         "torch.relu": ("torch.relu(x)", "x"),
         "fake_quantize_per_tensor_affine": (

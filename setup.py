@@ -9,11 +9,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Distribution, Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+# Without build isolation nobody else compares them.
+NEEDED, LIMIT = re.search(r"setuptools>=([\d.]+),<(\d+)", (ROOT / "pyproject.toml").read_text()).groups()
+if [int(n) for n in re.findall(r"\d+", setuptools.__version__)[:3]] < [int(n) for n in NEEDED.split(".")]:
+    sys.exit(
+        f"torchqat: setuptools must be {NEEDED} or newer and older than {LIMIT}, "
+        f"found {setuptools.__version__}; pip install 'setuptools>={NEEDED},<{LIMIT}' and try again"
+    )
+
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402 (setuptools below 70.1 has none)
+
 OPTIONS = ("TORCHQAT_CUDA", "TORCHQAT_CUDA_ARCHITECTURES")
 
 

@@ -1,6 +1,7 @@
 """How torchqat is built, found and loaded, and what it says where something is missing."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -274,6 +275,38 @@ def test_pip_ends_in_one_line_where_cmake_fails(cmake, tmp_path):
     )
     assert_fails(result, "the build failed, its messages are above: ")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("version", ["65.5.0", "77.0.2"])
+def test_an_old_setuptools_is_one_sentence(tmp_path, version):
+    """A new virtual environment of Python 3.11 has 65.5, which has no bdist_wheel."""
+    for module in ("setuptools", "setuptools/command", "setuptools/command/build_ext"):
+        (tmp_path / module).mkdir()
+        (tmp_path / module / "__init__.py").write_text("class build_ext: pass\n")
+    (tmp_path / "setuptools/__init__.py").write_text(
+        f"__version__ = {version!r}\nDistribution = object\ndef Extension(): pass\nsetup = Extension\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert result.stderr == (
+        f"torchqat: setuptools must be 77.0.3 or newer and older than 82, found {version}; "
+        "pip install 'setuptools>=77.0.3,<82' and try again\n"
+    )
+
+
+def test_the_readme_has_the_bounds_of_setuptools():
+    (bounds,) = re.findall(r'"(setuptools>[^"]*)"', (ROOT / "pyproject.toml").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for command in ("\n`pip install --no-build-isolation .`", "\npip install --no-build-isolation ."):
+        before, found, _ = readme.partition(command)
+        assert found and bounds in before[-800:]
 
 
 def test_no_nvcc_is_an_error_where_cuda_is_asked_for(cmake, cuda_torch):

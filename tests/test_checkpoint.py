@@ -120,6 +120,20 @@ def test_the_model_alone(path):
         assert_same(other.state_dict(), model.state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_counter_is_converted(path, dtype):
+    """LibTorch's to(dtype) converts BatchNorm's counter of batches, and Python's does not."""
+    integer, floating = nn.BatchNorm1d(2), nn.BatchNorm1d(2).to(dtype)
+    floating.num_batches_tracked = torch.tensor(7, dtype=dtype)
+    torchqat.save_checkpoint(path, floating)
+    torchqat.load_checkpoint(path, integer)
+    assert_same(integer.num_batches_tracked, torch.tensor(7))
+    integer.num_batches_tracked.fill_(5)
+    torchqat.save_checkpoint(path, integer)
+    torchqat.load_checkpoint(path, floating)
+    assert_same(floating.num_batches_tracked, torch.tensor(5, dtype=dtype))
+
+
 def test_names_settings_and_version_are_in_the_file(path):
     model, optimizer = trained(bits=2, channel_dim=0)
     torchqat.save_checkpoint(path, model, optimizer)
@@ -610,7 +624,9 @@ MISFITS = [
     (replaced("5.weight", torch.ones(1)), "must have the names of the model, also has '5.weight'"),
     (replaced("4.bias", torch.ones(6)), r"'4.bias' must have shape \(5,\), got \(6,\)"),
     (replaced("4.bias", torch.ones(5).int()), "'4.bias' must be torch.float32, got torch.int32"),
-    (replaced("1.num_batches_tracked", torch.tensor(1.0)), "must be torch.int64, got torch.float32"),
+    (replaced("1.num_batches_tracked", torch.tensor(2.5)), "must be a whole number for torch.int64, got 2.5"),
+    (replaced("1.num_batches_tracked", torch.tensor(torch.nan)), "must be a whole number .*, got nan"),
+    (replaced("1.num_batches_tracked", torch.tensor(True)), "must be torch.int64, got torch.bool"),
     (says("format", "torchqat checkpoint 2"), "format must be 'torchqat checkpoint 1', got '.* 2'"),
     (
         says("staircase_relu.2", THREE_BITS),
@@ -628,6 +644,7 @@ MISFITS_OF_THE_OPTIMIZER = [
     ),
     (forgets("quantized.0.weight"), "'0.weight' must be .* the file has none; the optimizer has"),
     (says("quantized.4.bias", "quant_bits=1"), "'4.bias' must be .* quant_bits=1; the optimizer has none"),
+    (says("optimizer", "SGD"), "the optimizer must be 'BCGD', got 'SGD'"),
     (forgets("optimizer"), "must have the state of an optimizer; to load the model alone give none"),
     (without("optimizer.0.weight.latent"), "no latent for parameter '0.weight', which is quantized"),
     (without("optimizer.4.weight.scale"), "no scale for parameter '4.weight', which is quantized"),

@@ -425,6 +425,19 @@ def test_several_calls_of_one_module_are_named():
         torchqat.calibrate(nn.Sequential(act, act), [torch.rand(4)] * 3)
 
 
+def test_a_model_is_calibrated_once_at_a_time():
+    model = nn.Sequential(StaircaseReLU(1))
+
+    def batches():
+        with pytest.raises(RuntimeError, match="'0' is being calibrated already"):
+            torchqat.calibrate(model, [torch.ones(2)])
+        assert not model.training
+        yield torch.tensor([3.0])
+
+    torchqat.calibrate(model, batches())
+    assert model.training and model[0].alpha.item() == pytest.approx(3, abs=0.01)
+
+
 def test_a_step_is_never_below_alpha_min():
     model = StaircaseReLU(2, alpha_min=0.25)
     torchqat.calibrate(model, [torch.tensor([1e-12, 1e-6])])

@@ -59,6 +59,8 @@ Calibration::Calibration(torch::nn::Module& model) : state_(std::make_unique<Sta
     auto* staircase = dynamic_cast<nn::StaircaseReLUImpl*>(&module);
     const bool known = std::any_of(state.observed.begin(), state.observed.end(),
                                    [&](const auto& o) { return o.module == staircase; });
+    TORCH_CHECK(!staircase || !staircase->observer, "calibrate: '", name.empty() ? "StaircaseReLU" : name,
+                "' is being calibrated already: one Calibration of a model at a time");
     if (staircase && !known)
       state.observed.push_back({name.empty() ? "StaircaseReLU" : name, staircase,
                                 empty_magnitude_counts(staircase->alpha.numel())});

@@ -22,7 +22,8 @@ void calibrate(Model&& model, Batches&& batches);
 
 // What it is made of, for models that are called in other ways: make one, call run() with each batch, and at
 // last set_alphas(). While it lives the model, which must outlive it, is in eval mode and its staircases are
-// plain ReLUs; one that ends before set_alphas() leaves the model as it was. One at a time.
+// plain ReLUs; one that ends before set_alphas() leaves the model as it was. One at a
+// time: a second one throws, and leaves the first and the model as they are.
 class TORCHQAT_API Calibration {
  public:
   explicit Calibration(torch::nn::Module& model);

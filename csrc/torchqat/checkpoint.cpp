@@ -25,6 +25,7 @@ using optim::BCGDParamState;
 // As python/torchqat/checkpoint.py has them.
 const std::string kFormat = "torchqat checkpoint 1";
 const std::string kOptimizer = "optimizer.";
+const std::string kBCGD = "BCGD";
 const std::string kStaircase = "staircase_relu.";
 const std::string kQuantized = "quantized.";
 
@@ -106,6 +107,8 @@ std::vector<BCGDParamState> optimizer_states(const std::string& what, const Tens
                                              const Texts& metadata, const std::vector<NamedParam>& params) {
   TORCH_CHECK_VALUE(metadata.count("optimizer"), what,
                     ": must have the state of an optimizer; to load the model alone give none");
+  TORCH_CHECK_VALUE(metadata.at("optimizer") == kBCGD, what, ": the optimizer must be '", kBCGD, "', got '",
+                    printable(metadata.at("optimizer")), "'");
   check_settings(what, projections_of(params), metadata, kQuantized, "quantized parameter", "the optimizer");
   std::map<std::string, BCGDParamState> by_name;
   for (const auto& [name, value] : tensors) {
@@ -160,7 +163,7 @@ TensorFile live_checkpoint(const torch::nn::Module& model, const BCGD* optimizer
   if (!optimizer) return file;
   optimizer->refuse_swapped("save_checkpoint");
   const auto params = named_params("save_checkpoint", model, *optimizer);
-  file.metadata["optimizer"] = "BCGD";
+  file.metadata["optimizer"] = kBCGD;
   file.metadata.merge(projections_of(params));
   for (const auto& [name, param, options] : params) {
     const auto found = optimizer->state().find(param.unsafeGetTensorImpl());

@@ -20,7 +20,9 @@ TORCHQAT_API void save_checkpoint(const std::string& path, const torch::nn::Modu
                                   const optim::BCGD* optimizer = nullptr);
 
 // Loads such a file, written here or in Python, into a model of the same names and shapes; with an optimizer
-// of the same groups training goes on bit for bit. Everything is checked first: when it throws
+// of the same groups training goes on bit for bit. Floating-point values are converted to the model's dtypes;
+// so is a single number that is an integer on one side only, such as BatchNorm's counter after to(dtype),
+// which must be whole to become one. Everything is checked first: when it throws
 // (c10::ValueError with the path, or c10::Error where the file cannot be read), nothing has changed. Without
 // an optimizer the file may be any other safetensors file with the model's names.
 TORCHQAT_API void load_checkpoint(const std::string& path, torch::nn::Module& model,

@@ -22,6 +22,27 @@ void check_names(const std::string& what, const Tensors& saved, const Tensors& o
   refuse_missing("also has", saved, own);
 }
 
+bool is_integer(const at::Tensor& value) {
+  return at::isIntegralType(value.scalar_type(), /*includeBool=*/false);
+}
+
+bool is_whole(const at::Tensor& value, const at::Tensor& ours) {
+  const auto exact = value.to(at::kCPU, at::kDouble);
+  return at::equal(exact.to(ours.scalar_type()).to(at::kDouble), exact);
+}
+
+// BatchNorm's counter of batches is an integer, but for a LibTorch model after to(dtype).
+void check_dtype(const std::string& what, const std::string& name, const at::Tensor& value,
+                 const at::Tensor& ours) {
+  if (value.scalar_type() == ours.scalar_type()) return;
+  const bool floating = value.is_floating_point();
+  if (ours.is_floating_point() && (floating || (value.dim() == 0 && is_integer(value)))) return;
+  TORCH_CHECK_VALUE(value.dim() == 0 && floating && is_integer(ours), what, ": '", name, "' must be ",
+                    ours.scalar_type(), ", got ", value.scalar_type());
+  TORCH_CHECK_VALUE(is_whole(value, ours), what, ": '", name, "' must be a whole number for ",
+                    ours.scalar_type(), ", got ", value.item<double>());
+}
+
 }  // namespace
 
 bool is_extra_state(const std::string& name) {
@@ -54,9 +75,7 @@ void check_model_state(const std::string& what, const Tensors& saved, const Tens
     if (is_extra_state(name)) continue;  // its module's own affair
     TORCH_CHECK_VALUE(value.sizes() == ours.sizes(), what, ": '", name, "' must have shape ", ours.sizes(),
                       ", got ", printable(c10::str(value.sizes())));
-    TORCH_CHECK_VALUE(
-        value.scalar_type() == ours.scalar_type() || (value.is_floating_point() && ours.is_floating_point()),
-        what, ": '", name, "' must be ", ours.scalar_type(), ", got ", value.scalar_type());
+    check_dtype(what, name, value, ours);
   }
 }
 

@@ -49,6 +49,18 @@ std::pair<TensorHeader, std::vector<at::Tensor>> in_file_order(const TensorFile&
   return {std::move(header), std::move(tensors)};
 }
 
+void write_file(const std::string& path, const std::string& header, const std::vector<at::Tensor>& tensors) {
+  const uint64_t length = header.size();
+  NewFile out(path);
+  out.write(&length, sizeof length);
+  out.write(header.data(), header.size());
+  for (const auto& tensor : tensors) {
+    const auto plain = tensor.detach().to(at::kCPU).resolve_neg().contiguous();
+    out.write(plain.const_data_ptr(), plain.nbytes());
+  }
+  out.commit();
+}
+
 void check_bool(const std::string& path, const TensorEntry& entry, const at::Tensor& tensor) {
   const auto* bytes = static_cast<const unsigned char*>(tensor.const_data_ptr());
   if (std::any_of(bytes, bytes + tensor.numel(), [](unsigned char byte) { return byte > 1; })) {
@@ -63,26 +75,24 @@ void save_safetensors(const std::string& path, const TensorFile& file) {
   const std::string text = format_header(header);
   TORCH_CHECK_VALUE(text.size() <= kMaxHeader, kSave, ": ", path, ": the names and the metadata must fit ",
                     kMaxHeader, " bytes, got ", text.size());
-  const uint64_t length = text.size();
-  NewFile out(path);
-  out.write(&length, sizeof length);
-  out.write(text.data(), text.size());
-  for (const auto& tensor : tensors) {
-    const auto plain = tensor.detach().to(at::kCPU).resolve_neg().contiguous();
-    out.write(plain.const_data_ptr(), plain.nbytes());
+  try {
+    write_file(path, text, tensors);
+  } catch (...) {  // else nothing is unwound, nor the file removed, where nobody catches
+    throw;
   }
-  out.commit();
 }
 
 TensorFile load_safetensors(const std::string& path) {
   OldFile in(path);
   uint64_t length = 0;
-  if (in.size() < sizeof length) refuse_file(path, "must have 8 bytes for a length, has ", in.size());
+  if (in.size() < sizeof length) {
+    refuse_file(path, "must have 8 bytes for a length, has ", in.size(), kCutShort);
+  }
   in.read(&length, sizeof length);
   const uint64_t left = in.size() - sizeof length;
   if (length > kMaxHeader || length > left) {
     refuse_file(path, "the header must be within ", std::min(left, kMaxHeader), " bytes, got a length of ",
-                length);
+                length, length > kMaxHeader ? "" : kCutShort);
   }
   std::string text(length, '\0');
   in.read(text.data(), text.size());

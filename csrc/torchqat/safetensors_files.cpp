@@ -49,16 +49,35 @@ NewFile::NewFile(const std::string& path) : path_(path) {
   if (missing) target_ = path;
   struct stat there {};
   if (stat(target_.c_str(), &there) == 0) check_regular(kSave, path, there);
-  static std::atomic<unsigned> count{0};
-  do {
-    own_ = target_.parent_path() / c10::str(".torchqat-", getpid(), "-", count++, ".tmp");
-    if (file_.open(own_.c_str(), O_WRONLY | O_CREAT | O_EXCL)) return;
-  } while (errno == EEXIST);
-  fail_system(kSave, path, errno);
+  if (!open_unnamed()) take_name([&] { return file_.open(own_.c_str(), O_WRONLY | O_CREAT | O_EXCL); });
 }
 
 NewFile::~NewFile() {
-  if (!done_) unlink(own_.c_str());
+  if (!own_.empty()) unlink(own_.c_str());
+}
+
+// Whether the folder has such files, and there is a way to name them later.
+bool NewFile::open_unnamed() {
+  const auto folder = target_.has_parent_path() ? target_.parent_path() : std::filesystem::path(".");
+  if (!file_.open(folder.c_str(), O_WRONLY | O_TMPFILE)) return false;
+  link_ = c10::str("/proc/self/fd/", file_.number());
+  if (access(link_.c_str(), F_OK) == 0) return true;
+  link_.clear();
+  file_.close();
+  return false;
+}
+
+// `take` makes a file called own_.
+template <typename Take>
+void NewFile::take_name(Take take) {
+  static std::atomic<unsigned> count{0};
+  do {
+    own_ = target_.parent_path() / c10::str(".torchqat-", getpid(), "-", count++, ".tmp");
+    if (take()) return;
+  } while (errno == EEXIST);
+  const int error = errno;
+  own_.clear();
+  fail_system(kSave, path_, error);
 }
 
 void NewFile::write(const void* data, size_t size) {
@@ -73,9 +92,13 @@ void NewFile::write(const void* data, size_t size) {
 
 void NewFile::commit() {
   if (fsync(file_.number()) != 0) fail_system(kSave, path_, errno);
+  if (!link_.empty()) {
+    take_name(
+        [&] { return linkat(AT_FDCWD, link_.c_str(), AT_FDCWD, own_.c_str(), AT_SYMLINK_FOLLOW) == 0; });
+  }
   if (!file_.close()) fail_system(kSave, path_, errno);
   if (rename(own_.c_str(), target_.c_str()) != 0) fail_system(kSave, path_, errno);
-  done_ = true;
+  own_.clear();
 }
 
 OldFile::OldFile(const std::string& path) : path_(path) {

@@ -28,7 +28,9 @@ class Descriptor {
   int number_ = -1;
 };
 
-// A file under a name of its own, in the folder where it shall be in the end; removed unless it gets there.
+// A file in the folder where it shall be in the end. It has no name until it is whole, so that nothing is
+// left of it even where the process is killed; on file systems that have no such files, it has a name of its
+// own from the start. That is removed unless the file gets to its place.
 class NewFile {
  public:
   explicit NewFile(const std::string& path);
@@ -37,10 +39,15 @@ class NewFile {
   void commit();
 
  private:
+  bool open_unnamed();
+  template <typename Take>
+  void take_name(Take take);
+
   const std::string& path_;
-  std::filesystem::path target_, own_;
+  std::filesystem::path target_;
+  std::filesystem::path own_;  // empty while the file has no name, or when it has its last
+  std::string link_;           // to a file without a name
   Descriptor file_;
-  bool done_ = false;
 };
 
 class OldFile {

@@ -75,7 +75,8 @@ TensorHeader parse_header(std::string_view text, int64_t data_bytes, const std::
     if (entry.begin != at || entry.end < at || entry.end > data_bytes) {
       refuse_file(path, "the bytes of tensor '", entry.name, "' must begin at ", at,
                   ", where the one before it ends, and lie within ", data_bytes, ", got data_offsets ",
-                  entry.begin, " to ", entry.end);
+                  entry.begin, " to ", entry.end,
+                  entry.begin == at && entry.end > data_bytes ? kCutShort : "");
     }
     check_size(entry, path);
     at = entry.end;

@@ -25,6 +25,7 @@ struct TensorHeader {
 
 constexpr uint64_t kMaxHeader = 100'000'000;  // bytes; the format's own bound
 constexpr const char* kMetadata = "__metadata__";
+constexpr const char* kCutShort = "; the file may have been cut short";
 
 // Raises c10::ValueError, with `path` in it, unless the entries fill `data_bytes` without holes and overlaps.
 TensorHeader parse_header(std::string_view text, int64_t data_bytes, const std::string& path);

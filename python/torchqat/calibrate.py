@@ -40,6 +40,7 @@ def calibrate(model: nn.Module, batches: Iterable) -> nn.Module:
         ValueError: the model has no StaircaseReLU, there is no batch, or a StaircaseReLU is given NaN or
             infinity. No step size has changed then.
         TypeError: ``batches`` is one tensor, or a batch has none of the forms above.
+        RuntimeError: ``batches`` calibrates the model while it is being calibrated.
 
     Example:
         >>> import torchqat
@@ -58,6 +59,11 @@ def calibrate(model: nn.Module, batches: Iterable) -> nn.Module:
     }
     if not observers:
         raise ValueError("calibrate: the model has no StaircaseReLU; make them with torchqat.prepare")
+    for module, observer in observers.items():
+        if any(isinstance(hook, _Observer) for hook in module._forward_hooks.values()):
+            raise RuntimeError(
+                f"calibrate: '{observer.name}' is being calibrated already: one calibration at a time"
+            )
     device = next(model.parameters()).device
     count = 0
     with _as_it_was(model, device), contextlib.ExitStack() as hooks, torch.no_grad():

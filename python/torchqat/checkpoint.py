@@ -90,8 +90,10 @@ def load_checkpoint(path: FilePath, model: nn.Module, optimizer: BCGD | None = N
 
     Everything is read and checked first: when this raises, model and optimizer are what they were. The
     tensors of the model keep their device and dtype; floating-point values are converted, as by
-    ``load_state_dict``, other dtypes must agree. The optimizer's keep BCGD's dtypes, and its groups their
-    options: learning rates and the like are not in the file.
+    ``load_state_dict``, and so is a single number that is an integer on one side only (BatchNorm's counter in
+    a LibTorch model after ``to(dtype)``), which must be whole to become one. Other dtypes must agree. The
+    optimizer's keep BCGD's dtypes, and its groups their options: learning rates and the like are not in the
+    file.
 
     Args:
         path: of the file.
@@ -244,10 +246,26 @@ def _check_model_state(what: str, saved: dict[str, Tensor], own: dict[str, Tenso
             raise ValueError(
                 f"{what}: {name!r} must have shape {tuple(own[name].shape)}, got {tuple(value.shape)}"
             )
-        if value.dtype != own[name].dtype and not (
-            value.is_floating_point() and own[name].is_floating_point()
-        ):
-            raise ValueError(f"{what}: {name!r} must be {own[name].dtype}, got {value.dtype}")
+        _check_dtype(f"{what}: {name!r}", value, own[name])
+
+
+def _check_dtype(what: str, value: Tensor, own: Tensor) -> None:
+    """BatchNorm's counter of batches is an integer, but for a LibTorch model after to(dtype)."""
+    floating = value.is_floating_point()
+    if value.dtype == own.dtype or (own.is_floating_point() and (floating or _is_integer(value))):
+        return
+    if not (floating and _is_integer(own)):
+        raise ValueError(f"{what} must be {own.dtype}, got {value.dtype}")
+    if value.double() != value.to(own.dtype).double():
+        raise ValueError(f"{what} must be a whole number for {own.dtype}, got {value.item()}")
+
+
+def _is_integer(value: Tensor) -> bool:
+    return (
+        value.dim() == 0
+        and not (value.is_floating_point() or value.is_complex())
+        and value.dtype != torch.bool
+    )
 
 
 def _check_names(what: str, saved: dict[str, Any], own: dict[str, Any], whose: str) -> None:
@@ -266,6 +284,8 @@ def _optimizer_state(
     """The checked state_dict of the optimizer: its state from the file, its groups as they are."""
     if "optimizer" not in metadata:
         raise ValueError(f"{what}: must have the state of an optimizer; to load the model alone give none")
+    if metadata["optimizer"] != "BCGD":
+        raise ValueError(f"{what}: the optimizer must be 'BCGD', got {metadata['optimizer']!r}")
     ours = _projections("load_checkpoint", model, optimizer)
     _check_settings(what, ours, metadata, "quantized.", "quantized parameter", "the optimizer")
     states: dict[str, dict[str, Tensor]] = {}

@@ -227,6 +227,21 @@ TEST(Calibrate, WarnsOfStepSizesThatStayOrServeSeveralCalls) {
   EXPECT_EQ(warning(once, at::ones({4, 2})), Messages{});
 }
 
+TEST(Calibration, IsOneAtATime) {
+  Sequential model(torch::nn::Linear(2, 2), StaircaseReLU(1));
+  {
+    torchqat::Calibration first(*model);
+    EXPECT_EQ(error_of<c10::Error>([&] { torchqat::Calibration second(*model); }),
+              "calibrate: '1' is being calibrated already: one Calibration of a model at a time");
+    first.run([&] { model->ptr<torchqat::nn::StaircaseReLUImpl>(1)->forward(at::full({2}, 3.0f)); });
+    first.set_alphas();
+    EXPECT_FALSE(model->is_training());
+  }
+  EXPECT_NEAR(model->ptr<torchqat::nn::StaircaseReLUImpl>(1)->alpha.item<double>(), 3, 0.01);
+  EXPECT_TRUE(model->is_training());
+  torchqat::Calibration another(*model);
+}
+
 TEST(Calibration, RunsModelsThatAreCalledInOtherWays) {
   Sequential model(StaircaseReLU(1));
   {

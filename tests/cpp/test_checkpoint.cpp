@@ -141,6 +141,21 @@ TEST(Checkpoint, TheModelAlone) {
   EXPECT_TRUE(same(second.model->first->weight.detach(), at::full({6, 8}, 0.5f)));
 }
 
+// LibTorch's to(dtype) converts BatchNorm's counter of batches, and Python's does not.
+TEST(Checkpoint, ACounterIsConverted) {
+  for (const auto dtype : {at::kDouble, at::kBFloat16}) {
+    torch::nn::BatchNorm1d integer(2), floating(2);
+    floating->to(dtype);
+    ASSERT_EQ(floating->num_batches_tracked.scalar_type(), dtype);
+    floating->num_batches_tracked.fill_(7);
+    restore_checkpoint(checkpoint_of(*floating), *integer);
+    EXPECT_TRUE(same(integer->num_batches_tracked, at::scalar_tensor(7, at::kLong)));
+    integer->num_batches_tracked.fill_(5);
+    restore_checkpoint(checkpoint_of(*integer), *floating);
+    EXPECT_TRUE(same(floating->num_batches_tracked, at::scalar_tensor(5, dtype)));
+  }
+}
+
 TEST(Checkpoint, GoesOnWithTheRandomNumbersOfTheLoss) {
   Training first;
   first.step(0);
@@ -189,8 +204,12 @@ TEST(Checkpoint, RefusesOtherModels) {
             "W: must have the names of the model, also has 'a', 'b', 'c', 'd', 'e' and 2 more");
   EXPECT_EQ(with("first.bias", at::ones({5})), "W: 'first.bias' must have shape [6], got [5]");
   EXPECT_EQ(with("first.bias", at::ones({6}, at::kInt)), "W: 'first.bias' must be Float, got Int");
-  EXPECT_EQ(with("norm.num_batches_tracked", at::ones({})),
-            "W: 'norm.num_batches_tracked' must be Long, got Float");
+  const std::string whole = "W: 'norm.num_batches_tracked' must be a whole number for Long, got ";
+  EXPECT_EQ(with("norm.num_batches_tracked", at::scalar_tensor(2.5)), whole + "2.5");
+  EXPECT_EQ(with("norm.num_batches_tracked", at::scalar_tensor(std::nan(""))), whole + "nan");
+  EXPECT_EQ(with("norm.num_batches_tracked", at::scalar_tensor(1e30, at::kDouble)), whole + "1e+30");
+  EXPECT_EQ(with("norm.num_batches_tracked", at::ones({}, at::kBool)),
+            "W: 'norm.num_batches_tracked' must be Long, got Bool");
   EXPECT_EQ(with("affinity._extra_state", at::ones({5}, at::kByte)).substr(0, 68),
             "W: 'affinity._extra_state' must be the state of a generator on cpu: ");
   EXPECT_EQ(
@@ -216,6 +235,8 @@ TEST(Checkpoint, RefusesOtherOptimizers) {
   };
   EXPECT_EQ(change([&](TensorFile& file) { file = checkpoint_of(*trained.model); }),
             "W: must have the state of an optimizer; to load the model alone give none");
+  EXPECT_EQ(change([](TensorFile& file) { file.metadata["optimizer"] = "SGD"; }),
+            "W: the optimizer must be 'BCGD', got 'SGD'");
   EXPECT_EQ(
       refused(ours, Training(0, 1), as_it_is),
       "W: quantized parameter 'first.weight' must be the same in the file and in the optimizer: the file has "

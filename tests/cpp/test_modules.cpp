@@ -264,6 +264,14 @@ TEST(StaircaseReLUModule, IsNotLoadedIntoOneOfOtherSettings) {
             "bits=2, ste=clipped_relu, alpha_grad=three_valued");
 }
 
+TEST(StaircaseReLUModule, IsNotLoadedIntoOneOfOtherChannels) {
+  auto file = saved(StaircaseReLU(StaircaseReLUOptions(2).channels(3)));
+  StaircaseReLU other(2);
+  EXPECT_EQ(error_of([&] { torch::load(other, file); }),
+            "StaircaseReLU: alpha of the state must have shape [], got [3]");
+  EXPECT_EQ(other->alpha.dim(), 0);
+}
+
 TEST(BuildInfo, SaysWhatTheLibraryIs) {
   const auto info = torchqat::build_info();
   EXPECT_EQ(info.torchqat, "0.1.0");

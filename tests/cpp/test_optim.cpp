@@ -5,6 +5,9 @@
 #include <torch/optim/sgd.h>
 #include <torchqat/torchqat.h>
 
+#include <cmath>
+#include <vector>
+
 #include "torch_checks.h"
 
 namespace {
@@ -206,6 +209,12 @@ TEST(Bcgd, NamesWrongOptions) {
   EXPECT_EQ(refused(std::nan("")), "BCGD: lr must be at least 0, got nan");
   EXPECT_EQ(refused(BCGDOptions(1).momentum(-0.5)), "BCGD: momentum must be at least 0, got -0.5");
   EXPECT_EQ(refused(BCGDOptions(1).weight_decay(-2)), "BCGD: weight_decay must be at least 0, got -2");
+  for (const double bad : std::vector<double>{INFINITY, -INFINITY, NAN}) {
+    EXPECT_EQ(refused(BCGDOptions(1).dampening(bad)), c10::str("BCGD: dampening must be finite, got ", bad));
+  }
+  EXPECT_EQ(refused(INFINITY), "BCGD: lr must be finite, got inf");
+  EXPECT_EQ(refused(BCGDOptions(1).momentum(INFINITY)), "BCGD: momentum must be finite, got inf");
+  EXPECT_EQ(refused(BCGDOptions(1).weight_decay(INFINITY)), "BCGD: weight_decay must be finite, got inf");
   EXPECT_EQ(refused(BCGDOptions(1).blend(1.5)), "BCGD: blend must be in 0..1, got 1.5");
   const std::string nesterov = "BCGD: Nesterov momentum requires a momentum and zero dampening";
   EXPECT_EQ(refused(BCGDOptions(1).nesterov(true)), nesterov);

@@ -1,15 +1,25 @@
 // Files of tensors. tests/test_checkpoint.py compares them with the safetensors package, and damages them.
+#include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 #include <torch/torch.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <csignal>
+#include <cstddef>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <limits>
 #include <random>
 #include <string>
+#include <thread>
 
 #include "torch_checks.h"
 #include "torchqat/torchqat.h"
@@ -169,10 +179,108 @@ TEST_F(Safetensors, AWriteThatFailsLeavesTheOldFile) {
   EXPECT_EQ(files(), 1u);
 }
 
+// ---- processes that end while they write ----
+
+// From here on no file of this process may be larger.
+void bound_files(rlim_t bytes, void (*on_signal)(int)) {
+  const rlimit small{bytes, bytes}, none{0, 0};
+  setrlimit(RLIMIT_FSIZE, &small);
+  setrlimit(RLIMIT_CORE, &none);
+  std::signal(SIGXFSZ, on_signal);
+}
+
+// From here on the system refuses files without names, as some file systems do.
+bool refuse_unnamed_files() {
+  const unsigned flags = offsetof(seccomp_data, args) + 2 * sizeof(uint64_t);
+  sock_filter filter[] = {
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_openat, 0, 3),
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, flags),
+      BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, O_TMPFILE & ~O_DIRECTORY, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EOPNOTSUPP),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  };
+  const sock_fprog program{std::size(filter), filter};
+  return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 &&
+         prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0;
+}
+
+constexpr int kCannot = 77;
+
+// What wait() says of a process that does this.
+int status_of(const std::function<void()>& f) {
+  const pid_t child = fork();
+  if (child == 0) {
+    std::thread(f).join();  // of which nobody catches: gtest does
+    _exit(0);
+  }
+  int status = -1;
+  waitpid(child, &status, 0);
+  return status;
+}
+
+bool has_unnamed_files(const fs::path& folder) {
+  const int file = open(folder.c_str(), O_WRONLY | O_TMPFILE, 0666);
+  return file >= 0 && close(file) == 0;
+}
+
+// The default of SIGXFSZ ends a process where SIGKILL would: in the middle of a write.
+TEST_F(Safetensors, AProcessThatIsKilledLeavesTheOldFileAlone) {
+  if (!has_unnamed_files(folder)) GTEST_SKIP() << "no files without names in " << folder;
+  save_safetensors(path, {{{"a", at::ones({3})}}, {}});
+  const std::string before = content();
+  const TensorFile large{{{"a", at::ones({100'000})}}, {}};
+  const int status = status_of([&] {
+    bound_files(1000, SIG_DFL);
+    save_safetensors(path, large);
+  });
+  EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGXFSZ) << status;
+  EXPECT_EQ(content(), before);
+  EXPECT_EQ(files(), 1u);
+}
+
+TEST_F(Safetensors, AnErrorThatNobodyCatchesLeavesTheOldFileAlone) {
+  save_safetensors(path, {{{"a", at::ones({3})}}, {}});
+  const std::string before = content();
+  const TensorFile large{{{"a", at::ones({100'000})}}, {}};
+  for (const bool named : {false, true}) {
+    const int status = status_of([&] {
+      if (named && !refuse_unnamed_files()) _exit(kCannot);
+      bound_files(1000, SIG_IGN);
+      save_safetensors(path, large);
+    });
+    if (WIFEXITED(status) && WEXITSTATUS(status) == kCannot) GTEST_SKIP() << "no seccomp";
+    EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT) << status;
+    EXPECT_EQ(content(), before);
+    EXPECT_EQ(files(), 1u);
+  }
+}
+
+TEST_F(Safetensors, FoldersThatRefuseFilesWithoutNamesDo) {
+  for (int repeat = 0; repeat < 2; ++repeat) {  // a new file, and one that is there
+    const auto a = at::full({3}, repeat);
+    const int status = status_of([&] {
+      if (!refuse_unnamed_files() || has_unnamed_files(folder)) _exit(kCannot);
+      save_safetensors(path, {{{"a", a}}, {}});
+    });
+    if (WIFEXITED(status) && WEXITSTATUS(status) == kCannot) GTEST_SKIP() << "no seccomp";
+    EXPECT_EQ(status, 0);
+    EXPECT_TRUE(at::equal(load_safetensors(path).tensors.at("a"), a));
+    EXPECT_EQ(files(), 1u);
+  }
+}
+
+TEST_F(Safetensors, TheUsersMaskSaysWhoReads) {
+  const auto old = umask(027);
+  save_safetensors(path, {});
+  umask(old);
+  EXPECT_EQ(fs::status(path).permissions(), fs::perms(0640));
+}
+
 TEST_F(Safetensors, DamagedFilesAreRefused) {
   const auto begin = "load_safetensors: " + path + ": ";
   write("");
-  EXPECT_EQ(refused(), begin + "must have 8 bytes for a length, has 0");
+  EXPECT_EQ(refused(), begin + "must have 8 bytes for a length, has 0; the file may have been cut short");
   write(std::string(8, '\xff'));
   EXPECT_EQ(refused(), begin + "the header must be within 0 bytes, got a length of 18446744073709551615");
   write(R"({"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}})", "1");
@@ -185,6 +293,17 @@ TEST_F(Safetensors, DamagedFilesAreRefused) {
   EXPECT_EQ(refused(), begin + "tensor 'a' is BOOL and must have bytes 0 and 1 only");
   write(R"({"a":})", "");
   EXPECT_EQ(refused(), begin + "the header must have '{' at byte 5");
+}
+
+TEST_F(Safetensors, AFileThatWasCutShortIsCalledSo) {
+  save_safetensors(path, {{{"a", at::ones({3})}, {"b", at::ones({3})}}, {}});
+  const auto whole = content();
+  for (const size_t left : {size_t{3}, size_t{20}, whole.size() - 20, whole.size() - 1}) {
+    write(whole.substr(0, left));
+    EXPECT_TRUE(refused().ends_with("; the file may have been cut short")) << refused();
+  }
+  write(whole + "1");
+  EXPECT_FALSE(refused().ends_with("cut short"));
 }
 
 // Under the sanitizers this is what looks for reads out of bounds.

@@ -87,6 +87,12 @@ void StaircaseReLUImpl::load(torch::serialize::InputArchive& archive) {
     TORCH_CHECK_VALUE(saved.isString() && saved.toStringRef() == settings(),
                       "StaircaseReLU: the state must be of ", settings(), ", got ", saved);
   }
+  at::Tensor saved_alpha;
+  if (archive.try_read("alpha", saved_alpha)) {
+    TORCH_CHECK_VALUE(saved_alpha.sizes() == alpha.sizes(),
+                      "StaircaseReLU: alpha of the state must have shape ", alpha.sizes(), ", got ",
+                      saved_alpha.sizes());
+  }
   Module::load(archive);
 }
 

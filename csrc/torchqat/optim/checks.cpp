@@ -4,6 +4,7 @@
 #include <c10/util/Type.h>
 #include <torch/csrc/autograd/function.h>
 
+#include <cmath>
 #include <set>
 #include <string>
 #include <typeinfo>
@@ -18,11 +19,16 @@ const BCGDOptions& options_of(const torch::optim::OptimizerParamGroup& group) {
 }
 
 void check_options(const BCGDOptions& o, const std::string& what) {
+  const auto finite = [&](const char* name, double value) {
+    TORCH_CHECK_VALUE(std::isfinite(value), what, ": ", name, " must be finite, got ", value);
+  };
   const auto at_least_0 = [&](const char* name, double value) {
     TORCH_CHECK_VALUE(value >= 0, what, ": ", name, " must be at least 0, got ", value);
+    finite(name, value);
   };
   at_least_0("lr", o.lr());
   at_least_0("momentum", o.momentum());
+  finite("dampening", o.dampening());
   at_least_0("weight_decay", o.weight_decay());
   TORCH_CHECK_VALUE(o.blend() >= 0 && o.blend() <= 1, what, ": blend must be in 0..1, got ", o.blend());
   TORCH_CHECK_VALUE(!o.nesterov() || (o.momentum() > 0 && o.dampening() == 0), what,

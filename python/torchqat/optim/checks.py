@@ -1,5 +1,6 @@
 """What BCGD refuses: options out of range, parameters and checkpoints that do not fit."""
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,10 @@ def check_options(options: Group) -> None:
     for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
         if not value >= 0.0:
             raise ValueError(f"BCGD: {name} must be at least 0, got {value}")
+        if value == math.inf:
+            raise ValueError(f"BCGD: {name} must be finite, got {value}")
+    if not math.isfinite(options["dampening"]):
+        raise ValueError(f"BCGD: dampening must be finite, got {options['dampening']}")
     if not 0.0 <= options["blend"] <= 1.0:
         raise ValueError(f"BCGD: blend must be in 0..1, got {options['blend']}")
     if options["nesterov"] and (momentum <= 0 or options["dampening"] != 0):

@@ -383,6 +383,11 @@ BAD_FILES = {
         changed_idx(lambda content: content[:7] + b"\x05" + content[8:13]),
         "hold 200 images and 5 labels",
     ),
+    "one color": (
+        IMAGES,
+        changed_idx(lambda content: content[:16] + b"\x07" * (len(content) - 16)),
+        "hold images of one color",
+    ),
     "a folder": (IMAGES, make_a_folder, f"{IMAGES}: Is a directory"),
 }
 
@@ -431,6 +436,15 @@ def test_a_folder_that_cannot_be_written_to(train, tmp_path, out):
     code, stdout, stderr = train(tmp_path / out)
     assert (code, stdout) == (2, "") and one_line(stderr, f"cannot write to --out {tmp_path / out}: ")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_what_it_says_must_have_been_written(train, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            train.words(tmp_path / "run"), env={}, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2 and one_line(done.stderr, "the standard output could not be written")
+    assert (tmp_path / "run" / "quantized.safetensors").exists()
 
 
 def test_two_runs_do_not_share_a_folder(finished, train):

@@ -114,5 +114,8 @@ Mnist load_mnist(const fs::path& folder, int64_t subset) {
   const auto pixels = mnist.images.to(at::kDouble);
   mnist.mean = pixels.mean().item<float>();
   mnist.std = pixels.std().item<float>();
+  if (!(mnist.std > 0))
+    throw std::runtime_error("the train files in " + folder.string() +
+                             " hold images of one color: there is nothing to learn from them");
   return mnist;
 }

@@ -113,6 +113,8 @@ void run(const Options& o) {
               training.accuracy(networks.student));
   std::printf("%.1f s of training on %d threads; everything is in %s\n", training.seconds(),
               at::get_num_threads(), o.out.c_str());
+  if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0)
+    throw std::runtime_error("the standard output could not be written; everything is in " + o.out);
 }
 
 int fail(const std::string& message) {

@@ -21,8 +21,8 @@ test:  ## set up, build, run all tests: Python, C++, emulated kernels
 	@scripts/build.sh --tests
 	@scripts/test.sh
 
-faults:  ## set up, build, plant mistakes in the kernels one by one: do the tests find them? (ARGS="NAME... --jobs 2")
-	@scripts/build.sh --tests
+faults:  ## set up, plant mistakes in the kernels one by one: do the tests find them? (ARGS="NAME... --jobs 2")
+	@scripts/build.sh --packages
 	$(PYTHON_IN_VENV) tests/faults/run.py $(ARGS)
 
 bench: build  ## set up, build, run the benchmarks (ARGS="case --quick" and so on)

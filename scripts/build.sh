@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Sets up the virtual environment .venv of this checkout and builds torchqat into it. Run again, it does what is left
-# to do. With --tests it builds the C++ tests too; with --kernels only the CUDA kernels, in build-kernels, for every
-# architecture of kernel_architectures, and writes docs/cuda_kernels.md. What can be set: PYTHON, CXX, CUDACXX,
-# TORCHQAT_CUDA (auto, on, off), TORCHQAT_CUDA_ARCHITECTURES, TORCHQAT_JOBS.
+# to do. With --tests it builds the C++ tests too; with --packages nothing; with --kernels only the CUDA kernels, in
+# build-kernels, for every architecture of kernel_architectures, and writes docs/cuda_kernels.md. What can be set: PYTHON,
+# CXX, CUDACXX, TORCHQAT_CUDA (auto, on, off), TORCHQAT_CUDA_ARCHITECTURES, TORCHQAT_JOBS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/steps.sh
@@ -120,6 +120,7 @@ fi
 install_packages
 export PATH="$PWD/.venv/bin:$PATH"
 case "${1:-}" in
+  --packages) exit ;;
   --kernels)
     report_kernels
     exit

@@ -5,6 +5,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -206,10 +207,21 @@ def machine(device):
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PEERS},
         "torchqat": {name: fact for name, fact in torchqat.build_info().items() if name != "library"},
+        "checkout": checkout(),
     }
     if device == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return facts
+
+
+def checkout():
+    """The commit of the Python code and of the benchmarks; the library tells its own. None without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def cpu_model():

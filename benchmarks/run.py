@@ -112,7 +112,8 @@ def headline(report):
     machine, rates = report["machine"], report["rates"]
     device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
     return (
-        f"{device}, torch {torch.__version__}: copies {rates['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"`{report['command']}`\n\n{device}, torch {torch.__version__}: "
+        f"copies {rates['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"float32 products {rates['flops_per_s'] / 1e9:.0f} GFLOP/s"
     )
 

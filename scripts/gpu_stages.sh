@@ -49,7 +49,7 @@ kernels() {
     need cmake
     need ninja
     configure -DTORCHQAT_TESTS=ON -DTORCHQAT_DEVICE_TESTS=ON || return
-    cmake --build "$build" --target help | grep -q "^test_kernels_on_device:" ||
+    grep -q "^test_kernels_on_device:" <<<"$(cmake --build "$build" --target help)" ||
       skip "no GoogleTest: it is not installed, and not in $build/googletest"
     cmake --build "$build" --parallel "$TORCHQAT_JOBS" --target test_kernels_on_device || return
   fi

@@ -134,7 +134,10 @@ def cuobjdump() -> str:
         from triton import backends
     except ImportError:
         sys.exit("kernel_resources.py: needs cuobjdump, of the CUDA toolkit or of the triton package")
-    return str(Path(next(iter(backends.__path__)), "nvidia/bin/cuobjdump"))
+    carried = Path(next(iter(backends.__path__)), "nvidia/bin/cuobjdump")
+    if not carried.exists():
+        sys.exit(f"kernel_resources.py: needs cuobjdump, of the CUDA toolkit; there is no {carried} either")
+    return str(carried)
 
 
 def read_accesses(sass, kernels: list[Kernel]):

@@ -13,6 +13,7 @@ CMake uses the first as the compiler launcher of nvcc (with --resource-usage) an
 those of the SASS, which cuobjdump shows.
 """
 
+import shutil
 import subprocess
 import sys
 from fnmatch import fnmatchcase
@@ -160,7 +161,10 @@ def main() -> int:
         case ["page", folder, nvcc, *archs] if archs:
             return page(Path(folder), nvcc, archs)
         case ["needs"]:
-            return 0 if cuobjdump() else 1
+            cuobjdump()
+            if not shutil.which("c++filt"):
+                sys.exit("kernel_resources.py: needs c++filt, of binutils")
+            return 0
     sys.exit(__doc__)
 
 

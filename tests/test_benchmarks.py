@@ -93,7 +93,7 @@ def test_who_is_said_to_train_w1a4_does(harness, cases, one_thread):
         assert all(inputs <= 16 for inputs, _ in calls[1:]), contender.name
 
 
-def test_a_quick_run_writes_a_report_and_a_plot(tmp_path):
+def test_a_quick_run_writes_a_report_and_a_plot(tmp_path, harness):
     pytest.importorskip("tqdm")
     pytest.importorskip("matplotlib")
     report_path = tmp_path / "report.json"
@@ -106,6 +106,7 @@ def test_a_quick_run_writes_a_report_and_a_plot(tmp_path):
     assert report["machine"]["threads"] == 1
     assert report["machine"]["versions"]["torch"] in torch.__version__
     assert report["machine"]["torchqat"]["commit"] == torchqat.build_info()["commit"]
+    assert report["machine"]["checkout"] == harness.meters.checkout()
     for result in report["cases"]["staircase_relu"]:
         assert result["floor"]["ms"] > 0
         rows = {row["name"]: row for row in result["rows"]}

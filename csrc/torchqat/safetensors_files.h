@@ -28,9 +28,10 @@ class Descriptor {
   int number_ = -1;
 };
 
-// A file in the folder where it shall be in the end. It has no name until it is whole, so that nothing is
-// left of it even where the process is killed; on file systems that have no such files, it has a name of its
-// own from the start. That is removed unless the file gets to its place.
+// A file in the folder where it shall be in the end. It has no name until it is whole, so that no part of it
+// is left even where the process is killed; on file systems that have no such files, it has a name of its
+// own from the start. That is removed unless the file gets to its place. (Between its first name and its
+// last one a whole file may be left.)
 class NewFile {
  public:
   explicit NewFile(const std::string& path);

@@ -91,9 +91,13 @@ def headers_and_libraries() -> tuple[list[str], list[str]]:
         raise Problem("torch is not installed for this Python; `make faults` uses the one of .venv")
     headers = ["-isystem", str(Path(torch.origin).parent / "include")]
     fetched = ROOT / "build/googletest"
-    if not fetched.is_dir():
-        return headers, ["-lgtest_main", "-lgtest", "-lpthread"]
     libraries = [str(path) for name in ("gtest_main", "gtest") for path in ROOT.glob(f"build/**/lib{name}.a")]
+    if len(libraries) != 2:
+        if not Path("/usr/include/gtest/gtest.h").exists():
+            raise Problem(
+                "GoogleTest is missing: install it (apt install libgtest-dev), or run make test once"
+            )
+        return headers, ["-lgtest_main", "-lgtest", "-lpthread"]
     return [*headers, "-isystem", str(fetched / "googletest/include")], [*libraries, "-lpthread"]
 
 
@@ -189,8 +193,8 @@ class Checks:
                     raise Problem(f"without any fault {test} fails already: {outcome.how}")
                 print(f"{test} passes without any fault ({outcome.seconds:.0f} s)", flush=True)
                 future.set_result(outcome.seconds)
-            except Problem as problem:
-                future.set_exception(problem)
+            except BaseException as error:  # whatever it is, those who wait for the result must hear of it
+                future.set_exception(error)
         return future.result()
 
     def check(self, fault: Fault) -> tuple[str, str]:

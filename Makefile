@@ -23,7 +23,7 @@ test:  ## set up, build, run all tests: Python, C++, emulated kernels
 
 faults:  ## set up, plant mistakes in the kernels one by one: do the tests find them? (ARGS="NAME... --jobs 2")
 	@scripts/build.sh --packages
-	$(PYTHON_IN_VENV) tests/faults/run.py $(ARGS)
+	$(PYTHON_IN_VENV) tests/faults/plant_faults.py $(ARGS)
 
 bench: build  ## set up, build, run the benchmarks (ARGS="case --quick" and so on)
 	$(PYTHON_IN_VENV) benchmarks/run.py $(ARGS)

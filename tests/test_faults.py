@@ -10,14 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def load_run():
-    spec = importlib.util.spec_from_file_location("faults_run", ROOT / "tests/faults/run.py")
+def load_program():
+    spec = importlib.util.spec_from_file_location("plant_faults", ROOT / "tests/faults/plant_faults.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-run = load_run()
+run = load_program()
 FAULTS = run.read_faults()
 
 

@@ -36,11 +36,11 @@ struct Safetensors : ::testing::Test {
     at::manual_seed(0);
     folder = fs::temp_directory_path() / ("torchqat-test-" + std::to_string(getpid()) + "-" +
                                           ::testing::UnitTest::GetInstance()->current_test_info()->name());
-    fs::remove_all(folder);
+    remove_folder(folder);
     fs::create_directories(folder);
     path = folder / "model.safetensors";
   }
-  void TearDown() override { fs::remove_all(folder); }
+  void TearDown() override { remove_folder(folder); }
 
   TensorFile there_and_back(const TensorFile& file) const {
     save_safetensors(path, file);

@@ -1,8 +1,12 @@
 #pragma once
 
+#include <ftw.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 #include <torch/utils.h>
+#include <unistd.h>
 
+#include <cstdio>
 #include <filesystem>
 #include <map>
 #include <set>
@@ -93,6 +97,12 @@ class OracleValues {
   std::set<std::string> asked_;
 };
 
+// Not std::filesystem::remove_all: libtorch.so of torch 2.11 exports one of its own, which crashes.
+inline void remove_folder(const std::filesystem::path& path) {
+  const auto remove_one = [](const char* file, const struct stat*, int, FTW*) { return std::remove(file); };
+  nftw(path.c_str(), remove_one, /*open folders=*/16, FTW_DEPTH | FTW_PHYS);
+}
+
 // A folder for the files of one test.
 class TemporaryFolder {
  public:
@@ -100,10 +110,10 @@ class TemporaryFolder {
       : path(std::filesystem::temp_directory_path() /
              ("torchqat-test-" + std::to_string(getpid()) + "-" +
               ::testing::UnitTest::GetInstance()->current_test_info()->name())) {
-    std::filesystem::remove_all(path);
+    remove_folder(path);
     std::filesystem::create_directories(path);
   }
-  ~TemporaryFolder() { std::filesystem::remove_all(path); }
+  ~TemporaryFolder() { remove_folder(path); }
 
   const std::filesystem::path path;
 };

@@ -433,7 +433,9 @@ TEST(BcgdState, DamagedArchivesAreRefusedAndChangeNothing) {
   const std::string other = "BCGD: load: the archive must be of a BCGD with the same groups: ";
   for (const auto& key : {"no number", "99999999999999999999999999", ""}) {
     EXPECT_EQ(refused({.param_key = key}).substr(0, other.size()), other) << key;
-    if (*key) EXPECT_EQ(refused({.state_key = key}).substr(0, other.size()), other) << key;
+    if (*key) {
+      EXPECT_EQ(refused({.state_key = key}).substr(0, other.size()), other) << key;
+    }
   }
   EXPECT_EQ(refused({.version = "2"}).substr(0, other.size()), other);
   const std::string group = "BCGD: group 0 of the archive: ";

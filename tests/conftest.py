@@ -23,3 +23,11 @@ def data_dir():
     if not path:
         pytest.skip("TORCHQAT_DATA is not set: no MNIST to read")
     return path
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -39,14 +39,6 @@ def test_every_operator_has_a_case(cases):
     assert covered == public_operators()
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in CASES])
 def test_a_case_measures_everyone_who_is_installed(name, harness, cases, one_thread):
     installed = {peer for peer in ("torchao", "brevitas") if importlib.util.find_spec(peer)}

@@ -60,14 +60,6 @@ def train(student, optimizer, teacher, batches):
     return torch.stack(losses)
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_a_hundred_steps_in_cpp_are_those_in_python_bit_by_bit(train_steps, tmp_path, one_thread):
     torch.manual_seed(0)
     images, labels = images_with_classes(STEPS)

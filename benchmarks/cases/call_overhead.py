@@ -10,6 +10,9 @@ from harness import Contender, Problem
 
 OPS = ()
 
+# Contenders where one gradient is asked for, as fake quantization gives one; without any they are the others.
+FIXED = ", alpha fixed"
+
 CALLS = 1000
 BITS = 4
 NO_GRADIENT, FORWARD, BOTH = PASSES = range(3)  # as benchmarks/cpp/call_overhead.cpp numbers them
@@ -23,6 +26,8 @@ def problems(device, quick):
 
 
 def problem(language, passes, calls, contenders, beside):
+    if passes == NO_GRADIENT:
+        contenders = [one for one in contenders if not one.name.endswith(FIXED)]
     name = f"{calls} calls from {language}, 16 float32 each, {TITLES[passes]}"
     return Problem(name, 16 * calls, contenders, floor_bytes=0, beside=beside)
 
@@ -30,9 +35,11 @@ def problem(language, passes, calls, contenders, beside):
 def from_cpp(passes, calls):
     names = {
         "torchqat::staircase_relu": "staircase_relu",
+        "torchqat::staircase_relu" + FIXED: "staircase_relu_fixed_alpha",
         "at::relu": "relu",
         "at::gelu, tanh": "gelu",
         "at::fake_quantize_per_tensor_affine": "fake_quantize",
+        "at::_fake_quantize_learnable_per_tensor_affine": "fake_quantize_learnable",
     }
     makers = [Contender(who, lambda f=f: cpp_loop(f, calls, passes)) for who, f in names.items()]
     return problem("C++", passes, calls, makers, ("at::relu", "at::fake_quantize_per_tensor_affine"))
@@ -47,6 +54,7 @@ def cpp_loop(function, calls, passes):
 def from_python(passes, calls, device):
     x = torch.randn(16, device=device, requires_grad=passes != NO_GRADIENT)
     alpha = torch.tensor(0.1, device=device, requires_grad=passes != NO_GRADIENT)
+    scale = torch.tensor([0.1], device=device, requires_grad=passes != NO_GRADIENT)
     names = {
         "F": F,
         "qat": torch.ops.qat,
@@ -54,17 +62,29 @@ def from_python(passes, calls, device):
         "torch": torch,
         "x": x,
         "alpha": alpha,
+        "fixed": alpha.detach(),
+        "scale": scale,
+        "zero": torch.zeros_like(scale),
         "seed": torch.ones_like(x),
     }
     top = 2**BITS - 1
     statements = {
         "torchqat staircase_relu": (f"qat.staircase_relu(x, alpha, {BITS})", "x, alpha"),
+        "torchqat staircase_relu" + FIXED: (f"qat.staircase_relu(x, fixed, {BITS})", "x"),
         "torchqat.functional.staircase_relu": (f"F.staircase_relu(x, alpha, {BITS})", "x, alpha"),
         "aten.gelu, tanh": ("aten.gelu(x, approximate='tanh')", "x"),
         "torch.relu": ("torch.relu(x)", "x"),
         "fake_quantize_per_tensor_affine": (
             f"torch.fake_quantize_per_tensor_affine(x, 0.1, 0, 0, {top})",
             "x",
+        ),
+        "aten.fake_quantize_per_tensor_affine, called as operators of libraries are": (
+            f"aten.fake_quantize_per_tensor_affine(x, 0.1, 0, 0, {top})",
+            "x",
+        ),
+        "_fake_quantize_learnable_per_tensor_affine": (
+            f"torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero, 0, {top})",
+            "x, scale",
         ),
     }
     makers = []

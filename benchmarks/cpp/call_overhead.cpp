@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kElements = 16;
 constexpr int64_t kBits = 4;
+constexpr int64_t kTop = (1 << kBits) - 1;
 constexpr double kStep = 0.1;
 
 // What a loop measures, in the order in which cases/call_overhead.py numbers them.
@@ -36,6 +37,12 @@ void staircase_relu(int64_t calls, int passes) {
          [](const auto& in) { return torchqat::staircase_relu(in[0], in[1], kBits); });
 }
 
+void staircase_relu_fixed_alpha(int64_t calls, int passes) {
+  repeat(calls, passes, {at::randn(kElements)}, [alpha = at::full({}, kStep)](const auto& in) {
+    return torchqat::staircase_relu(in[0], alpha, kBits);
+  });
+}
+
 void relu(int64_t calls, int passes) {
   repeat(calls, passes, {at::randn(kElements)}, [](const auto& in) { return at::relu(in[0]); });
 }
@@ -45,8 +52,14 @@ void gelu(int64_t calls, int passes) {
 }
 
 void fake_quantize(int64_t calls, int passes) {
-  repeat(calls, passes, {at::randn(kElements)}, [](const auto& in) {
-    return at::fake_quantize_per_tensor_affine(in[0], kStep, 0, 0, (1 << kBits) - 1);
-  });
+  repeat(calls, passes, {at::randn(kElements)},
+         [](const auto& in) { return at::fake_quantize_per_tensor_affine(in[0], kStep, 0, 0, kTop); });
+}
+
+void fake_quantize_learnable(int64_t calls, int passes) {
+  repeat(calls, passes, {at::randn(kElements), at::full({1}, kStep)},
+         [zero = at::zeros({1})](const auto& in) {
+           return at::_fake_quantize_learnable_per_tensor_affine(in[0], in[1], zero, 0, kTop);
+         });
 }
 }

@@ -96,8 +96,7 @@ at::Tensor autograd(const at::Tensor& input, const at::Tensor& weight, const std
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     y = plain(input, weight, bias, stride, padding, dilation, std::move(groups), recompute);
   }
-  if (differentiate)
-    set_layer_history(y, saved_copy(convolution), torch::autograd::collect_next_edges(input, weight, b));
+  if (differentiate) set_layer_history(y, convolution, torch::autograd::collect_next_edges(input, weight, b));
   if (recompute) {
     convolution.bias = b;
     attach_recipe(y, std::make_shared<Convolution>(std::move(convolution)));

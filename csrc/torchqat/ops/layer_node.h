@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -25,7 +26,7 @@ at::Tensor with_size(const at::Tensor& grad, c10::SymIntArrayRef size);
 // kept.
 at::Tensor in_backward(const at::Tensor& tensor, const at::Tensor& grad);
 
-// The backward pass of an operator. K is a copy of what it keeps, saved: K::op is the operator's name in
+// The backward pass of an operator. K is what it keeps, saved: K::op is the operator's name in
 // messages, and K::derivatives(grad, is_needed) calls dispatcher operators only.
 template <typename K>
 struct LayerNode : torch::autograd::Node {
@@ -64,15 +65,15 @@ struct LayerNode : torch::autograd::Node {
 
   void check_graph_is_there() const { TORCH_CHECK(kept, torch::autograd::ERR_BACKWARD_TWICE); }
 
-  std::shared_ptr<K> kept;
+  mutable std::optional<K> kept;  // compiled_args visits its fields as the others do, and is const
   std::vector<c10::SymInt> size;  // of the result
 };
 
-// Gives an operator's result its history: what backward keeps, and what the operator has read.
+// Gives an operator's result its history: what backward is to keep, and what the operator has read.
 template <typename K>
-void set_layer_history(const at::Tensor& result, std::shared_ptr<K> kept, torch::autograd::edge_list edges) {
+void set_layer_history(const at::Tensor& result, K kept, torch::autograd::edge_list edges) {
   auto node = make_node<LayerNode<K>>();
-  node->kept = std::move(kept);
+  node->kept.emplace(std::move(kept)).each_field([](auto& field) { save(field); });
   node->size = result.sym_sizes().vec();
   node->set_next_edges(std::move(edges));
   torch::autograd::set_history(result, node);

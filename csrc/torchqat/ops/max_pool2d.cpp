@@ -80,10 +80,12 @@ at::Tensor autograd(const at::Tensor& input, at::IntArrayRef kernel_size, at::In
     at::Tensor indices;
     std::tie(y, indices) =
         at::max_pool2d_with_indices(input, kernel_size, stride, padding, dilation, ceil_mode);
-    pooled->indices = pooling.indices = indices.to(index_type(input));
+    indices = indices.to(index_type(input));
+    pooling.indices = indices;
+    pooled->indices = indices;
   }
   pooled->format = y.suggest_memory_format();
-  set_layer_history(y, saved_copy(pooling), torch::autograd::collect_next_edges(input));
+  set_layer_history(y, pooling, torch::autograd::collect_next_edges(input));
   attach_recipe(y, std::move(pooled));
   return y;
 }

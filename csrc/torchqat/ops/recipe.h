@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "torchqat/ops/autograd_node.h"
@@ -21,21 +22,26 @@ class Ingredient {
   Ingredient() = default;
   Ingredient(at::Tensor tensor)  // NOLINT: a tensor is one
       : live_(std::move(tensor)), version_(live_.defined() ? live_._version() : 0) {}
+  Ingredient(Ingredient&&) = default;
+  Ingredient& operator=(Ingredient&&) = default;
+  Ingredient(const Ingredient& other) : live_(other.live_), version_(other.version_) {
+    TORCH_INTERNAL_ASSERT(!other.saved_);  // what is saved is one node's
+  }
 
   // Whether nothing has written into it since the recipe was made.
   bool is_fresh() const { return !live_.defined() || live_._version() == version_; }
 
   at::Tensor get() const { return saved_ ? saved_->unpack() : live_; }
   void save() {
-    saved_ = std::make_shared<torch::autograd::SavedVariable>(live_, /*is_output=*/false);
+    saved_.emplace(live_, /*is_output=*/false);
     live_.reset();
   }
-  torch::autograd::SavedVariable& saved() const { return *saved_; }
+  torch::autograd::SavedVariable& saved() { return *saved_; }
 
  private:
   at::Tensor live_;
   int64_t version_ = 0;
-  std::shared_ptr<torch::autograd::SavedVariable> saved_;
+  std::optional<torch::autograd::SavedVariable> saved_;
 };
 
 struct Recipe {

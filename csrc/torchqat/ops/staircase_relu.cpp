@@ -168,7 +168,7 @@ at::Tensor staircase_relu_autograd(const at::Tensor& x, const at::Tensor& alpha,
     steps->bits = bits;
     steps->channel_dim = channel_dim;
   }
-  set_layer_history(y, saved_copy(std::move(backward)), torch::autograd::collect_next_edges(x, alpha));
+  set_layer_history(y, std::move(backward), torch::autograd::collect_next_edges(x, alpha));
   if (steps) attach_recipe(y, std::move(steps));
   return y;
 }

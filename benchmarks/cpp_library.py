@@ -1,6 +1,7 @@
 """Loops written in C++, built with the package of the library that is measured."""
 
 import ctypes
+import fcntl
 import os
 import shutil
 import subprocess
@@ -32,9 +33,14 @@ def build(name):
             return Absent(f"{tool} is not installed")
     prefix = f"-DCMAKE_PREFIX_PATH={torchqat.cmake_prefix_path}"
     configure = ["--fresh", "-S", str(SOURCE), "-B", str(BUILD), "-DCMAKE_BUILD_TYPE=Release", prefix]
-    for arguments in configure, ["--build", str(BUILD), "--target", name]:
-        command = [shutil.which("cmake", path=path), *arguments]
-        finished = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
-        if finished.returncode:
-            return RuntimeError(f"cmake: {(finished.stderr or finished.stdout).strip()}")
+    BUILD.mkdir(exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # benchmarks may run side by side
+        for arguments in configure, ["--build", str(BUILD), "--target", name]:
+            command = [shutil.which("cmake", path=path), *arguments]
+            finished = subprocess.run(
+                command, env={**os.environ, "PATH": path}, capture_output=True, text=True
+            )
+            if finished.returncode:
+                return RuntimeError(f"cmake: {(finished.stderr or finished.stdout).strip()}")
     return None

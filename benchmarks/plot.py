@@ -1,8 +1,9 @@
-"""Draws a report of run.py, one PNG per case beside it.
+"""Draws reports of run.py, one PNG per case beside each.
 
-python benchmarks/plot.py benchmarks/results/FILE.json
+python benchmarks/plot.py benchmarks/results/FILE.json...
 """
 
+import argparse
 import json
 import sys
 from itertools import zip_longest
@@ -20,9 +21,14 @@ PEER_LINES = ("#2c3e50", "#2980b9", "#16a085", "#7f8c8d", "#6c8e23")
 
 
 def draw(report_path):
-    """Writes the plots; returns their paths."""
+    """Writes the plots; returns their paths. ValueError where it is no report of run.py."""
     report_path = Path(report_path)
-    report = json.loads(report_path.read_text())
+    try:
+        report = json.loads(report_path.read_text())
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"{report_path} is no report of run.py: {error}") from None
+    if not (isinstance(report, dict) and "machine" in report and report.get("cases")):
+        raise ValueError(f"{report_path} is no report of run.py, or of a run that measured nothing")
     return [draw_case(name, results, report, report_path) for name, results in report["cases"].items()]
 
 
@@ -119,7 +125,8 @@ def reached(floor, ms):
     """The share of the machine's bandwidth or arithmetic, by which of the two sets the floor."""
     if not floor["ms"]:
         return ""
-    work, unit = (floor["flops"], "GFLOP/s") if floor["by"] == "flops" else (floor["bytes"], "GB/s")
+    # Reports of before there were floors by arithmetic do not say which it is.
+    work, unit = (floor["flops"], "GFLOP/s") if floor.get("by") == "flops" else (floor["bytes"], "GB/s")
     share = 100 * floor["ms"] / ms
     return f", {share:.{0 if share >= 1 else 1}f} % ({work / ms / 1e6:.3g} {unit})"
 
@@ -163,6 +170,16 @@ def draw_curve(panel, points):
     panel.legend(fontsize=7)
 
 
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("reports", nargs="+", metavar="FILE.json", help="what run.py --json has written")
+    for report in parser.parse_args().reports:
+        try:
+            for written in draw(report):
+                print(f"wrote {written}")
+        except (OSError, ValueError) as error:
+            sys.exit(f"plot.py: {error}")
+
+
 if __name__ == "__main__":
-    for written in draw(sys.argv[1]):
-        print(f"wrote {written}")
+    main()

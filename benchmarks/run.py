@@ -11,7 +11,9 @@ reason; that one of ours fails makes the exit status 1.
 import argparse
 import json
 import os
+import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import cases
@@ -26,7 +28,7 @@ def main():
     torch.set_num_threads(options.threads)
     meters.keep_freed_memory()
     report = {
-        "command": " ".join(["python benchmarks/run.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/run.py {shlex.join(sys.argv[1:])}".strip(),
         "device": options.device,
         "quick": options.quick,
         "machine": meters.machine(options.device),
@@ -69,11 +71,25 @@ def arguments(words):
         parser.error(f"unknown device {options.device!r}; choose from cpu, cuda")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here: torch.cuda.is_available() is False")
-    if options.threads < 1:
-        parser.error(f"--threads must be at least 1, got {options.threads}")
-    if options.json and not options.json.parent.is_dir():
-        parser.error(f"--json: no folder {options.json.parent}")
+    if not 1 <= options.threads <= 1024:  # torch crashes where the system has no more threads to give
+        parser.error(f"--threads must be in 1..1024, got {options.threads}")
+    if options.json:
+        options.json = options.json.resolve()  # what a link points to is written, the link stays
+        problem = cannot_write(options.json)
+        if problem:
+            parser.error(f"--json: {problem}")
     return options
+
+
+def cannot_write(path):
+    """Why there can be no such file; said before anything is measured rather than after."""
+    if path.exists() and not path.is_file():
+        return f"{path} is there, and is not a file"
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            return None
+    except OSError as error:
+        return f"cannot write to the folder {path.parent}: {error.strerror}"
 
 
 def run_case(name, report, options):

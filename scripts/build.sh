@@ -2,7 +2,8 @@
 # Sets up the virtual environment .venv of this checkout and builds torchqat into it. Run again, it does what is left
 # to do. With --tests it builds the C++ tests too; with --packages nothing; with --kernels only the CUDA kernels, in
 # build-kernels, for every architecture of kernel_architectures, and writes docs/cuda_kernels.md. What can be set: PYTHON,
-# CXX, CUDACXX, TORCHQAT_CUDA (auto, on, off), TORCHQAT_CUDA_ARCHITECTURES, TORCHQAT_JOBS.
+# CXX, CUDACXX, TORCHQAT_CUDA (auto, on, off), TORCHQAT_CUDA_ARCHITECTURES, TORCHQAT_JOBS. The build folder remembers
+# TORCHQAT_CUDA and TORCHQAT_CUDA_ARCHITECTURES until others are given.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/steps.sh
@@ -58,7 +59,8 @@ install_packages() {
 
 build() {
   step "configure" cmake -S . -B build -G Ninja -DPython_EXECUTABLE="$PWD/.venv/bin/python" \
-    -DTORCHQAT_CUDA="${TORCHQAT_CUDA:-auto}" -DTORCHQAT_CUDA_ARCHITECTURES="${TORCHQAT_CUDA_ARCHITECTURES:-80-real;90}" \
+    ${TORCHQAT_CUDA:+"-DTORCHQAT_CUDA=$TORCHQAT_CUDA"} \
+    ${TORCHQAT_CUDA_ARCHITECTURES:+"-DTORCHQAT_CUDA_ARCHITECTURES=$TORCHQAT_CUDA_ARCHITECTURES"} \
     -DCMAKE_INSTALL_LIBDIR=lib -DTORCHQAT_ABSOLUTE_RPATH=ON "$@" ||
     fail "CMake could not configure the build (its message is above)."
   step "compile" cmake --build build --parallel "${TORCHQAT_JOBS:-$(nproc)}" ||

@@ -33,13 +33,26 @@
 # PYTHON names another Python than python3; TORCHQAT_JOBS how many processes run at once. For tests,
 # TORCHQAT_GPU_CHECK_LIMITS="build=2 total=9" sets limits.
 set -uo pipefail
+
+# usage STATUS PROBLEM
+usage() {
+  exec 1>&$(($1 ? 2 : 1))
+  [ -z "${2:-}" ] || echo "torchqat: $2"
+  echo "gpu_check.sh [--quick] [FOLDER]: checks all that needs a GPU; reports go to FOLDER or benchmarks/results"
+  exit "$1"
+}
+
 folder=
 quick=
 for word in "$@"; do
   case $word in
     --quick) quick=--quick ;;
-    -*) echo "torchqat: unknown option $word; gpu_check.sh [--quick] [FOLDER]" >&2 && exit 2 ;;
-    *) folder=$(realpath -m -- "$word") ;;
+    -h | --help) usage 0 ;;
+    -*) usage 2 "unknown option $word" ;;
+    *)
+      [ -z "$folder" ] || usage 2 "one folder, got $folder and $word"
+      folder=$(realpath -m -- "$word")
+      ;;
   esac
 done
 cd "$(dirname "$0")/.." || exit
@@ -63,15 +76,23 @@ export GPU_CHECK_LOGS=$GPU_CHECK_BUILD/logs
 export TORCHQAT_JOBS=${TORCHQAT_JOBS:-$(nproc)}
 verdicts=$GPU_CHECK_LOGS/verdicts
 
-probe='import torch
+{ mkdir -p "$folder" "$GPU_CHECK_BUILD" && touch "$folder/gpu_check.part" && rm "$folder/gpu_check.part"; } ||
+  fail "cannot write to $folder"
+exec {lock}>"$GPU_CHECK_BUILD/lock"
+flock --nonblock "$lock" || fail "another gpu_check.sh runs in this checkout"
+
+command -v "$GPU_CHECK_PYTHON" >/dev/null || fail "there is no $GPU_CHECK_PYTHON. PYTHON=<python> names another Python."
+probe='try: import torch
+except ImportError as error: raise SystemExit(error)
 if not torch.cuda.is_available(): raise SystemExit("torch.cuda.is_available() is False")
 print(torch.cuda.get_device_name().lower().replace(" ", "-"), "%d%d" % torch.cuda.get_device_capability())'
 seen=$(timeout --kill-after=5 60 "$GPU_CHECK_PYTHON" -c "$probe") ||
-  fail "$GPU_CHECK_PYTHON has no torch that sees a GPU. PYTHON=<python> names another one."
+  fail "nothing was checked: $GPU_CHECK_PYTHON has no torch that sees a GPU." \
+    "PYTHON=<python> names another one, as .venv/bin/python after make build."
 read -r gpu GPU_CHECK_ARCHITECTURE <<<"$(tail -n 1 <<<"$seen")"
 export GPU_CHECK_ARCHITECTURE
 rm -rf "$GPU_CHECK_LOGS"
-mkdir -p "$folder" "$verdicts" || fail "cannot write to $folder"
+mkdir -p "$verdicts"
 
 # Stages that run: process to name, and name to when it began and how long it may take.
 declare -A running=() began=() allowed=()
@@ -106,7 +127,8 @@ plan() {
 begin() {
   echo "==> $1 (at most ${allowed[$1]} s)"
   began[$1]=$SECONDS
-  timeout --kill-after=2 "${allowed[$1]}" bash scripts/gpu_stages.sh "$1" </dev/null >"$GPU_CHECK_LOGS/$1.log" 2>&1 &
+  timeout --kill-after=2 "${allowed[$1]}" bash scripts/gpu_stages.sh "$1" </dev/null >"$GPU_CHECK_LOGS/$1.log" 2>&1 \
+    {lock}>&- & # what a stage leaves behind does not hold the lock
   running[$!]=$1
 }
 
@@ -162,6 +184,7 @@ for round in "${rounds[@]}"; do
     done
   done
 done
+write_reports || fail "could not write the reports to $folder; the logs are in $GPU_CHECK_LOGS"
 echo "wrote $folder/gpu_check-$gpu.md and .json"
-failed=$(grep -lE '^(FAILED|TIMED OUT)' "$verdicts"/* | xargs -rn 1 basename | tr '\n' ' ')
+failed=$(cd "$verdicts" && grep -lE '^(FAILED|TIMED OUT)' -- * | tr '\n' ' ')
 [ -z "$failed" ] || fail "failed: $failed"

@@ -168,6 +168,8 @@ def read_object(record: Path, with_accesses: bool) -> list[Kernel]:
 
 def read_folder(folder: Path, with_accesses: bool = False) -> list[Kernel]:
     """All kernels of the objects in a build folder, by name and architecture."""
+    if not folder.is_dir():
+        sys.exit(f"kernel_resources.py: no folder {folder}")
     records = sorted(folder.rglob("*" + SUFFIX))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # it is cuobjdump that takes the time
         kernels = [k for own in pool.map(lambda r: read_object(r, with_accesses), records) for k in own]

@@ -64,9 +64,11 @@ def report(folder: Path) -> int:
     for k in kernels:
         numbers = f"{k.registers:>9} {k.shared:>9} {k.stack:>8} {k.spilled:>10} {percent(k):>10}"
         print(f"{k.arch:<7} {numbers}  {k.name}")
-    spilling = sum(k.spilled > 0 for k in kernels)
     most = max((k.registers for k in kernels), default=0)
-    print(f"{len(kernels)} kernels, at most {most} registers, {spilling} of them spill")
+    spilling = [k for k in kernels if k.spilled]
+    ours = sum(k.ours for k in spilling)
+    theirs = len(spilling) - ours
+    print(f"{len(kernels)} kernels, at most {most} registers; {ours} of ours spill, {theirs} of libraries'")
     return 0 if kernels else 1  # a build of kernels that ptxas said nothing about is one that was not read
 
 
@@ -164,6 +166,9 @@ def main() -> int:
             cuobjdump()
             if not shutil.which("c++filt"):
                 sys.exit("kernel_resources.py: needs c++filt, of binutils")
+            return 0
+        case ["-h" | "--help"]:
+            print(__doc__)
             return 0
     sys.exit(__doc__)
 

@@ -117,16 +117,72 @@ def test_a_quick_run_writes_a_report_and_a_plot(tmp_path, harness):
     [
         (["staircase"], "unknown case 'staircase'; choose from bcgd, "),
         (["--device", "tpu"], "unknown device 'tpu'; choose from cpu, cuda"),
-        (["--threads", "0"], "--threads must be at least 1, got 0"),
-        (["--json", "no/such/folder/report.json"], "no folder no/such/folder"),
+        (["--threads", "0"], "--threads must be in 1..1024, got 0"),
+        (["--threads", "99999"], "--threads must be in 1..1024, got 99999"),
+        (["--json", "no/such/folder/report.json"], "no/such/folder: No such file or directory"),
+        (["--json", "folder"], "folder is there, and is not a file"),
+        (["--json", "/dev/null"], "/dev/null is there, and is not a file"),
+        (["--json", "/proc/report.json"], "cannot write to the folder /proc"),
+        (["--json", ""], "is there, and is not a file"),
     ],
 )
-def test_a_wrong_argument_is_a_clear_error(arguments, says, harness, capsys):
+def test_a_wrong_argument_is_a_clear_error(arguments, says, harness, capsys, tmp_path, monkeypatch):
     pytest.importorskip("tqdm")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
     with pytest.raises(SystemExit) as stop:
         importlib.import_module("run").arguments(arguments)
     assert stop.value.code == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_report_goes_where_a_link_points_to(harness, tmp_path):
+    pytest.importorskip("tqdm")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/report.json").touch()
+    (tmp_path / "link.json").symlink_to("kept/report.json")
+    options = importlib.import_module("run").arguments(["--json", str(tmp_path / "link.json")])
+    assert options.json == tmp_path / "kept/report.json"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is no report of run.py: Expecting value"),
+        ("rubbish", "is no report of run.py: Expecting value"),
+        ("[]", "is no report of run.py, or of a run that measured nothing"),
+        ('{"machine": {}, "cases": {}}', "a run that measured nothing"),
+        (b"\xff\xfe\x00", "is no report of run.py: 'utf-8' codec"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_what_is_no_report_is_not_drawn(text, says, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "report.json"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    command = [sys.executable, BENCHMARKS / "plot.py", path]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("plot.py: ") and says in finished.stderr
+    assert finished.stderr.count("\n") == 1
+
+
+def test_every_report_that_is_kept_can_be_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    reports = []
+    for path in sorted((BENCHMARKS / "results").glob("*.json")):
+        if "cases" in json.loads(path.read_text()):
+            reports.append(tmp_path / path.name)
+            reports[-1].write_bytes(path.read_bytes())
+    assert len(reports) >= 7
+    finished = subprocess.run(
+        [sys.executable, BENCHMARKS / "plot.py", *reports], capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    for report in reports:
+        for name in json.loads(report.read_text())["cases"]:
+            assert (tmp_path / f"{report.stem}_{name}.png").stat().st_size > 1000
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

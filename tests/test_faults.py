@@ -1,6 +1,8 @@
 """The list of mistakes that `make faults` plants in the kernels fits the tree as it is."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -66,3 +68,26 @@ def test_every_fault_must_be_caught(capsys, states, status):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"[1/2] {FAULTS[0].name} ") and f"{states[0]}: how" in lines[0]
     assert lines[-1] == f"faults caught: {states.count('caught')}/2"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        (["--list"], 0, f"{FAULTS[0].name}: {FAULTS[0].what}\n"),
+        (["--jobs", "0"], 2, "--jobs must be at least 1, got 0"),
+        (["ticket-not-reset", "nonsense"], 1, "torchqat: no such faults: nonsense; --list prints all names"),
+    ],
+)
+def test_arguments(words, status, says):
+    program = [sys.executable, ROOT / "tests/faults/plant_faults.py"]
+    done = subprocess.run([*program, *words], capture_output=True, text=True)
+    assert done.returncode == status and says in done.stdout + done.stderr
+
+
+def test_a_compiler_that_is_not_there_is_told():
+    program = [sys.executable, ROOT / "tests/faults/plant_faults.py", "ticket-not-reset"]
+    done = subprocess.run(program, env={**os.environ, "CXX": "no-such-c++"}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "torchqat: cannot start the compiler no-such-c++: No such file or directory (CXX names another)\n"
+    )

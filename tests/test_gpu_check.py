@@ -56,7 +56,7 @@ class Check:
     """A checkout with the scripts alone, and a folder of programs that comes first in the PATH."""
 
     def __init__(self, folder):
-        self.root = folder / "checkout"
+        self.root = folder / "a checkout"
         self.reports = folder / "reports"
         self.bin = folder / "bin"
         shutil.copytree(ROOT / "scripts", self.root / "scripts")
@@ -175,7 +175,7 @@ def test_one_file_that_fails_is_named(check):
 
 def test_a_stage_that_hangs_is_ended(check):
     pids = check.root / "pids"
-    hang = f'trap "" TERM; echo $$ >>{pids}; while :; do sleep 50; done'
+    hang = f'trap "" TERM; echo $$ >>"{pids}"; while :; do sleep 50; done'
     check.program("compute-sanitizer", f'[[ "$*" = *"-m pytest"* ]] || exit 0; {hang}')
     output, code = check.run("--quick", limits="memcheck=1")
     assert code == 1, output
@@ -224,15 +224,20 @@ def test_no_stage_begins_when_the_time_is_spent(check):
     assert {*check.verdicts.values()} == {("SKIPPED", "the 0 s of the whole check are spent")}
 
 
+def wait_for(pid):
+    for _ in range(200):
+        if pid.exists() and pid.read_text():
+            return
+        time.sleep(0.05)
+    pytest.fail(f"no {pid}")
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_check_that_is_killed_has_said_how_far_it_came(check, how):
     pid = check.root / "pid"
-    check.program("cmake", f"echo $$ >{pid}; sleep 50")
+    check.program("cmake", f"echo $$ >'{pid}'; sleep 50")
     process = check.start()
-    for _ in range(200):
-        if pid.exists() and pid.read_text():
-            break
-        time.sleep(0.05)
+    wait_for(pid)
     process.send_signal(how)
     if how == signal.SIGKILL:
         process.wait()
@@ -252,8 +257,51 @@ def test_without_a_gpu_there_is_one_line(check):
     check.python_where("is_available", "echo 'no GPU' >&2; exit 1")
     output, code = check.run()
     assert code == 1
-    assert output.splitlines()[-1].startswith("torchqat: python has no torch that sees a GPU.")
-    assert check.run("--fast")[1] == 2
+    assert output.splitlines()[0] == "no GPU"
+    assert output.splitlines()[1].startswith(
+        "torchqat: nothing was checked: python has no torch that sees a GPU."
+    )
+    assert len(output.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--fast"], "torchqat: unknown option --fast"),
+        (["other/folder"], "torchqat: one folder, got "),
+    ],
+)
+def test_a_wrong_argument_is_told_with_what_can_be_said(check, words, says):
+    output, code = check.run(*words)
+    assert code == 2
+    assert output.startswith(says) and "gpu_check.sh [--quick] [FOLDER]" in output
+
+
+def test_a_folder_that_takes_no_report_is_told_before_anything_runs(check):
+    check.reports.write_text("a file")
+    output, code = check.run()
+    assert code == 1
+    assert output.splitlines()[-1] == f"torchqat: cannot write to {check.reports}"
+    assert "==>" not in output and check.reports.read_text() == "a file"
+
+
+def test_reports_that_cannot_be_written_later_are_a_failure(check):
+    check.python_where("gpu_report.py", "echo 'No space left on device' >&2; exit 1")
+    output, code = check.run("--quick")
+    assert code == 1
+    assert f"torchqat: could not write the reports to {check.reports}" in output.splitlines()[-1]
+
+
+def test_a_second_check_at_the_same_time_is_refused(check):
+    pid = check.root / "pid"
+    check.program("cmake", f"echo $$ >'{pid}'; sleep 50")
+    first = check.start()
+    wait_for(pid)
+    output, code = check.run()
+    first.send_signal(signal.SIGTERM)
+    first.wait(timeout=20)
+    assert code == 1 and output == "torchqat: another gpu_check.sh runs in this checkout\n"
+    assert check.verdicts["machine"] == ("passed", ""), "the second one has touched what the first one wrote"
 
 
 def test_the_limits_add_up_to_less_than_nine_minutes():

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,16 @@ def test_the_report_reads_what_ptxas_says(run, tmp_path):
     done = run("report")
     rows = [line.split()[:6] for line in done.stdout.splitlines() if line.startswith("sm_90")]
     assert sorted(rows) == [["sm_90", "10", "0", "0", "0", "100%"], ["sm_90", "48", "44", "8", "16", "62%"]]
-    assert done.returncode == 0 and "2 kernels, at most 48 registers, 1 of them spill" in done.stdout
+    assert (
+        done.returncode == 0
+        and "2 kernels, at most 48 registers; 1 of ours spill, 0 of libraries'" in done.stdout
+    )
+
+
+def test_a_folder_that_is_not_there_is_told(run, tmp_path):
+    shutil.rmtree(tmp_path)
+    done = run("report")
+    assert done.returncode == 1 and done.stderr == f"kernel_resources.py: no folder {tmp_path}\n"
 
 
 def test_the_page_has_columns_for_each_architecture(run, tmp_path):

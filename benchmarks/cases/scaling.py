@@ -107,7 +107,7 @@ def threads(device, quick):
     names += ("torchqat exact, 1 bits", "torchqat exact, 2 bits", "torchqat exact, 4 bits")
     names += ("eager, pixels by pixels",)
     for title, problem in found.items():
-        # a product's rate was measured on --threads threads, and is no floor for others
-        problem = replace(problem, floor_flops=0)
+        if problem.floor_flops:  # a product's rate was measured on --threads threads: no floor for others
+            problem = replace(problem, floor_flops=0, floor_bytes=0)
         for n in [n for n in powers(0, 10, 1) if n <= os.cpu_count()]:
             yield replace(on_curve(problem, f"{title} by threads", "threads", n, names), threads=n)

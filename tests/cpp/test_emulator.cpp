@@ -4,7 +4,10 @@
 #include <bit>
 #include <cstdlib>
 #include <numeric>
+#include <optional>
 #include <set>
+#include <stdexcept>
+#include <string>
 
 #include "kernel_test.h"
 
@@ -255,12 +258,37 @@ TEST(Emulator, ShufflesBlocksAndThreadsBySeed) {
   EXPECT_EQ(threads.size(), 4U);
 }
 
+// The environment variable, as it was before once this ends.
+struct SeedVariable {
+  explicit SeedVariable(const char* text) { setenv("TORCHQAT_EMU_SEED", text, 1); }
+  ~SeedVariable() {
+    before ? setenv("TORCHQAT_EMU_SEED", before->c_str(), 1) : unsetenv("TORCHQAT_EMU_SEED");
+  }
+
+  static std::optional<std::string> now() {
+    const char* const text = std::getenv("TORCHQAT_EMU_SEED");
+    return text == nullptr ? std::nullopt : std::optional<std::string>(text);
+  }
+  const std::optional<std::string> before = now();
+};
+
+TEST(Emulator, RefusesASeedThatIsNoNumber) {
+  for (const char* text : {"", "abc", "-1", "7x", "99999999999999999999"}) {
+    const SeedVariable variable(text);
+    std::string said;
+    try {
+      worlds();
+    } catch (const std::invalid_argument& error) {
+      said = error.what();
+    }
+    EXPECT_EQ(said,
+              "TORCHQAT_EMU_SEED must be a number from 0 to 4294967295, got '" + std::string(text) + "'");
+  }
+}
+
 TEST(Emulator, TakesTheSeedFromTheEnvironment) {
-  const char* const before = std::getenv("TORCHQAT_EMU_SEED");
-  const std::string kept = before == nullptr ? "" : before;
-  setenv("TORCHQAT_EMU_SEED", "41", 1);
+  const SeedVariable variable("41");
   const auto all = worlds();
-  before == nullptr ? unsetenv("TORCHQAT_EMU_SEED") : setenv("TORCHQAT_EMU_SEED", kept.c_str(), 1);
   std::vector<unsigned> seeds;
   for (const auto& world : all) {
     if (world.order == emu::Order::shuffled) seeds.push_back(world.seed);

@@ -124,7 +124,12 @@ class Workshop:
         return tree
 
     def call(self, command: list[str], tree: Path, what: str):
-        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise Problem(
+                f"cannot start the compiler {command[0]}: {error.strerror} (CXX names another)"
+            ) from None
         if done.returncode != 0:
             raise Problem(f"{what} does not compile:\n{done.stderr or done.stdout}")
 
@@ -233,10 +238,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help="faults of the list; all where none is named")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="faults at a time (%(default)s)")
+    parser.add_argument("--list", action="store_true", help="print the names of the faults")
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
     faults = read_faults()
     if unknown := set(arguments.names) - {fault.name for fault in faults}:
-        raise Problem(f"no such faults: {', '.join(sorted(unknown))}")
+        raise Problem(f"no such faults: {', '.join(sorted(unknown))}; --list prints all names")
+    if arguments.list:
+        print("\n".join(f"{fault.name}: {fault.what}" for fault in faults))
+        return 0
     if arguments.names:
         faults = [fault for fault in faults if fault.name in arguments.names]
     for fault in faults:
@@ -250,3 +261,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except Problem as problem:
         sys.exit(f"torchqat: {problem}")
+    except KeyboardInterrupt:
+        sys.exit("torchqat: interrupted; the checkout is as it was")

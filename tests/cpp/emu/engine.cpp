@@ -4,6 +4,7 @@
 #include <sanitizer/asan_interface.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -15,6 +16,9 @@
 #include <random>
 #include <span>
 #include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 
 #include "cuda_runtime.h"
 #include "fiber.h"
@@ -255,8 +259,15 @@ std::string name_of(const World& world) {
 }
 
 unsigned first_seed() {
-  const char* const seed = std::getenv("TORCHQAT_EMU_SEED");
-  return seed == nullptr ? 1 : static_cast<unsigned>(std::strtoul(seed, nullptr, 0));
+  const char* const text = std::getenv("TORCHQAT_EMU_SEED");
+  if (text == nullptr) return 1;
+  const std::string_view digits(text);
+  unsigned seed = 0;
+  const auto [end, error] = std::from_chars(digits.begin(), digits.end(), seed);
+  if (error != std::errc() || end != digits.end())
+    throw std::invalid_argument("TORCHQAT_EMU_SEED must be a number from 0 to 4294967295, got '" +
+                                std::string(digits) + "'");
+  return seed;
 }
 
 unsigned block_barrier(Site site, bool predicate) {

@@ -18,15 +18,15 @@ BUILD = SOURCE.parents[1] / "build-benchmarks"
 
 def load(name):
     """The library `name` of the project in SOURCE, in this process. Absent without CMake or a compiler."""
-    problem = build(name)
-    if problem:
-        raise problem
-    return ctypes.CDLL(str(BUILD / f"lib{name}.so"))
+    loaded = build(name)
+    if isinstance(loaded, Exception):
+        raise loaded
+    return loaded
 
 
 @cache
 def build(name):
-    """Tries it once, however many contenders ask; returns what went wrong."""
+    """Tries it once, however many contenders ask; returns the library, or what went wrong."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for tool in ("cmake", os.environ.get("CXX", "c++")):
         if not shutil.which(tool, path=path):
@@ -38,9 +38,8 @@ def build(name):
         fcntl.flock(lock, fcntl.LOCK_EX)  # benchmarks may run side by side
         for arguments in configure, ["--build", str(BUILD), "--target", name]:
             command = [shutil.which("cmake", path=path), *arguments]
-            finished = subprocess.run(
-                command, env={**os.environ, "PATH": path}, capture_output=True, text=True
-            )
+            environment = {**os.environ, "PATH": path}
+            finished = subprocess.run(command, env=environment, capture_output=True, text=True)
             if finished.returncode:
                 return RuntimeError(f"cmake: {(finished.stderr or finished.stdout).strip()}")
-    return None
+        return ctypes.CDLL(str(BUILD / f"lib{name}.so"))

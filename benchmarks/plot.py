@@ -125,7 +125,7 @@ def reached(floor, ms):
     """The share of the machine's bandwidth or arithmetic, by which of the two sets the floor."""
     if not floor["ms"]:
         return ""
-    # Reports of before there were floors by arithmetic do not say which it is.
+    # Older reports have floors by bytes only, and no "by".
     work, unit = (floor["flops"], "GFLOP/s") if floor.get("by") == "flops" else (floor["bytes"], "GB/s")
     share = 100 * floor["ms"] / ms
     return f", {share:.{0 if share >= 1 else 1}f} % ({work / ms / 1e6:.3g} {unit})"

@@ -82,10 +82,10 @@ def arguments(words):
 
 
 def cannot_write(path):
-    """Why there can be no such file; said before anything is measured rather than after."""
-    if path.exists() and not path.is_file():
-        return f"{path} is there, and is not a file"
+    """Why a report cannot be written to this path, or None; asked before anything is measured."""
     try:
+        if path.exists() and not path.is_file():
+            return f"{path} is there, and is not a file"
         with tempfile.TemporaryFile(dir=path.parent):
             return None
     except OSError as error:

@@ -76,10 +76,12 @@ export GPU_CHECK_LOGS=$GPU_CHECK_BUILD/logs
 export TORCHQAT_JOBS=${TORCHQAT_JOBS:-$(nproc)}
 verdicts=$GPU_CHECK_LOGS/verdicts
 
-{ mkdir -p "$folder" "$GPU_CHECK_BUILD" && touch "$folder/gpu_check.part" && rm "$folder/gpu_check.part"; } ||
-  fail "cannot write to $folder"
-exec {lock}>"$GPU_CHECK_BUILD/lock"
-flock --nonblock "$lock" || fail "another gpu_check.sh runs in this checkout"
+command -v flock >/dev/null || fail "flock is not installed (apt install util-linux)"
+{ mkdir -p "$GPU_CHECK_BUILD" && touch "$GPU_CHECK_BUILD/lock"; } || fail "cannot write to $GPU_CHECK_BUILD"
+exec {GPU_CHECK_LOCK}>>"$GPU_CHECK_BUILD/lock"
+flock --nonblock "$GPU_CHECK_LOCK" || fail "another gpu_check.sh, or what one has left, runs in this checkout"
+export GPU_CHECK_LOCK
+{ mkdir -p "$folder" && trial=$(mktemp "$folder/gpu_check.XXXXXX") && rm "$trial"; } || fail "cannot write to $folder"
 
 command -v "$GPU_CHECK_PYTHON" >/dev/null || fail "there is no $GPU_CHECK_PYTHON. PYTHON=<python> names another Python."
 probe='try: import torch
@@ -127,8 +129,7 @@ plan() {
 begin() {
   echo "==> $1 (at most ${allowed[$1]} s)"
   began[$1]=$SECONDS
-  timeout --kill-after=2 "${allowed[$1]}" bash scripts/gpu_stages.sh "$1" </dev/null >"$GPU_CHECK_LOGS/$1.log" 2>&1 \
-    {lock}>&- & # what a stage leaves behind does not hold the lock
+  timeout --kill-after=2 "${allowed[$1]}" bash scripts/gpu_stages.sh "$1" </dev/null >"$GPU_CHECK_LOGS/$1.log" 2>&1 &
   running[$!]=$1
 }
 

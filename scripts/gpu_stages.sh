@@ -7,13 +7,14 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 . scripts/steps.sh
+exec {GPU_CHECK_LOCK}>&- # held by the check and by `timeout` of each stage, not by what a stage leaves behind
 python=$GPU_CHECK_PYTHON
 build=$GPU_CHECK_BUILD
 logs=$GPU_CHECK_LOGS
 kernel_tests=${TORCHQAT_KERNEL_TESTS:-$build/tests/cpp/on_device/test_kernels_on_device}
 
 # These say nothing of a GPU: they start compilers, training runs and scripts, or compare C++ with Python.
-host_tests=(build bindings consumers cpp_training distill_classifier examples_cpp gpu_check instruction_sets mirror
+host_tests=(build bindings consumers cpp_training distill_classifier examples_cpp faults gpu_check instruction_sets mirror
   oracle_values readme reproduce_ste_mnist train_classifier)
 
 skip() {

@@ -241,6 +241,7 @@ def test_a_check_that_is_killed_has_said_how_far_it_came(check, how):
     process.send_signal(how)
     if how == signal.SIGKILL:
         process.wait()
+        assert "another gpu_check.sh, or what one has left" in check.run()[0]  # its stage goes on
         os.kill(int(pid.read_text()), signal.SIGKILL)
     assert process.wait(timeout=20) == (143 if how == signal.SIGTERM else -how)
     verdicts = check.verdicts
@@ -253,7 +254,7 @@ def test_a_check_that_is_killed_has_said_how_far_it_came(check, how):
     assert others(verdicts, "machine", "build") == {"NOT REACHED"}
 
 
-def test_without_a_gpu_there_is_one_line(check):
+def test_without_a_gpu_there_is_the_reason_and_one_line(check):
     check.python_where("is_available", "echo 'no GPU' >&2; exit 1")
     output, code = check.run()
     assert code == 1
@@ -297,10 +298,13 @@ def test_a_second_check_at_the_same_time_is_refused(check):
     check.program("cmake", f"echo $$ >'{pid}'; sleep 50")
     first = check.start()
     wait_for(pid)
-    output, code = check.run()
-    first.send_signal(signal.SIGTERM)
-    first.wait(timeout=20)
-    assert code == 1 and output == "torchqat: another gpu_check.sh runs in this checkout\n"
+    try:
+        output, code = check.run()
+    finally:
+        first.send_signal(signal.SIGTERM)
+        first.wait(timeout=20)
+    refusal = "torchqat: another gpu_check.sh, or what one has left, runs in this checkout\n"
+    assert code == 1 and output == refusal
     assert check.verdicts["machine"] == ("passed", ""), "the second one has touched what the first one wrote"
 
 

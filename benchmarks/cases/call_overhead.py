@@ -10,7 +10,8 @@ from harness import Contender, Problem
 
 OPS = ()
 
-# Contenders where one gradient is asked for, as fake quantization gives one; without any they are the others.
+# Contenders with a fixed alpha compute one gradient, as fake quantization does. Where none is asked for they
+# would repeat the others, and are left out.
 FIXED = ", alpha fixed"
 
 CALLS = 1000
@@ -78,7 +79,7 @@ def from_python(passes, calls, device):
             f"torch.fake_quantize_per_tensor_affine(x, 0.1, 0, 0, {top})",
             "x",
         ),
-        "aten.fake_quantize_per_tensor_affine, called as operators of libraries are": (
+        "torch.ops.aten.fake_quantize_per_tensor_affine": (
             f"aten.fake_quantize_per_tensor_affine(x, 0.1, 0, 0, {top})",
             "x",
         ),

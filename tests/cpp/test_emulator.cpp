@@ -258,7 +258,7 @@ TEST(Emulator, ShufflesBlocksAndThreadsBySeed) {
   EXPECT_EQ(threads.size(), 4U);
 }
 
-// The environment variable, as it was before once this ends.
+// Sets TORCHQAT_EMU_SEED; its destructor puts back what was there.
 struct SeedVariable {
   explicit SeedVariable(const char* text) { setenv("TORCHQAT_EMU_SEED", text, 1); }
   ~SeedVariable() {

@@ -3,6 +3,7 @@
     make faults                                      all of faults.toml
     make faults ARGS="prefix-barrier group-tail"     some, by name
     make faults ARGS="--jobs 4"
+    make faults ARGS=--list                          what there is
 
 Each mistake is made in a copy of the sources. Every test program that includes the changed file is built
 from it and run, the smaller first, until one fails. A mistake that does not compile is an error of the list.
@@ -113,8 +114,10 @@ class Workshop:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.headers, self.libraries = headers_and_libraries()
         self.compiler = os.environ.get("CXX", "c++")
+        if not shutil.which(self.compiler):
+            raise Problem(f"there is no compiler {self.compiler}; CXX names another")
+        self.headers, self.libraries = headers_and_libraries()
         self.objects: list[str] = []
 
     def copy(self, name: str) -> Path:
@@ -124,12 +127,7 @@ class Workshop:
         return tree
 
     def call(self, command: list[str], tree: Path, what: str):
-        try:
-            done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise Problem(
-                f"cannot start the compiler {command[0]}: {error.strerror} (CXX names another)"
-            ) from None
+        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise Problem(f"{what} does not compile:\n{done.stderr or done.stdout}")
 
@@ -238,7 +236,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help="faults of the list; all where none is named")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="faults at a time (%(default)s)")
-    parser.add_argument("--list", action="store_true", help="print the names of the faults")
+    parser.add_argument("--list", action="store_true", help="print what there is to plant, and plant nothing")
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")

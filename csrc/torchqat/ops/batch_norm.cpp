@@ -69,7 +69,7 @@ at::Tensor autograd(const at::Tensor& input, const OptionalTensor& weight, const
   norm.invstd = invstd;
   norm.reserve = reserve;
   norm.eps = eps;
-  set_layer_history(y, norm, torch::autograd::collect_next_edges(input, w, b));
+  set_layer_history(y, std::move(norm), torch::autograd::collect_next_edges(input, w, b));
   return y;
 }
 

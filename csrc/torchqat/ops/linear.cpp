@@ -60,7 +60,7 @@ at::Tensor autograd(const at::Tensor& input, const at::Tensor& weight,
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     y = plain(input, weight, bias);
   }
-  set_layer_history(y, linear, torch::autograd::collect_next_edges(input, weight, b));
+  set_layer_history(y, std::move(linear), torch::autograd::collect_next_edges(input, weight, b));
   return y;
 }
 

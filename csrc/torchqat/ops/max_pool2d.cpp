@@ -85,7 +85,7 @@ at::Tensor autograd(const at::Tensor& input, at::IntArrayRef kernel_size, at::In
     pooled->indices = indices;
   }
   pooled->format = y.suggest_memory_format();
-  set_layer_history(y, pooling, torch::autograd::collect_next_edges(input));
+  set_layer_history(y, std::move(pooling), torch::autograd::collect_next_edges(input));
   attach_recipe(y, std::move(pooled));
   return y;
 }
